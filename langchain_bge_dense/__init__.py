@@ -1,0 +1,1 @@
+"""BGE-M3 embeddings for LangChain."""
