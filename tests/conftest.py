@@ -1,0 +1,49 @@
+"""Session fixtures: two checkpoints, and the embeddings that read them.
+
+The random one (`tiny_checkpoint`) is for whether numbers are right, the small real one
+(`small_checkpoint`) for whether they mean anything.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from langchain_bge_dense import BGEM3Embeddings
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_m3 import build
+
+    return build(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from small_model import build
+
+    return build(tmp_path_factory.mktemp("checkpoints") / "small")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_checkpoint: Path) -> Iterator[BGEM3Embeddings]:
+    yield from _embeddings(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def small(small_checkpoint: Path) -> Iterator[BGEM3Embeddings]:
+    yield from _embeddings(small_checkpoint)
+
+
+def _embeddings(folder: Path) -> Iterator[BGEM3Embeddings]:
+    from langchain_bge_dense import BGEM3Embeddings
+
+    embeddings = BGEM3Embeddings(model=str(folder), device="cpu", dtype="float32", backend="torch")
+    yield embeddings
+    embeddings.close()
