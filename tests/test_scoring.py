@@ -1,0 +1,151 @@
+"""Scores on hand-sized arrays, and against those of `BGEM3FlagModel` on the tiny checkpoint."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from FlagEmbedding import BGEM3FlagModel
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_bge_dense._scoring import (
+    dense_scores,
+    lexical_scores,
+    maxsim_scores,
+    pack,
+    reciprocal_rank_fusion,
+    weighted_mean,
+)
+
+QUERIES = ["Who is born free?", "dense vectors", "稠密向量是什么?", "x", ""]
+PASSAGES = [
+    "All human beings are born free and equal in dignity and rights.",
+    "free free free, and free again",
+    "An embedding turns a passage of text into a dense vector of numbers.",
+    "向量检索把文本变成稠密向量,意思相近的文本在空间里也相近。",
+    "x",
+    "",
+]
+WEIGHTS = (0.4, 0.2, 0.4)
+LEXICAL = st.dictionaries(st.integers(4, 12), st.floats(0, 4, width=32), max_size=8)
+
+
+@pytest.fixture(scope="module")
+def flag(tiny_checkpoint):
+    return BGEM3FlagModel(str(tiny_checkpoint), use_fp16=False, devices="cpu")
+
+
+@pytest.fixture(scope="module")
+def encoded(flag):
+    """Give what the model itself gives for queries and passages, token ids as numbers."""
+    return [encode(flag, texts) for texts in (QUERIES, PASSAGES)]
+
+
+def encode(flag, texts):
+    output = flag.encode(texts, return_dense=True, return_sparse=True, return_colbert_vecs=True)
+    lexical = [{int(i): float(w) for i, w in row.items()} for row in output["lexical_weights"]]
+    return output["dense_vecs"], lexical, output["colbert_vecs"]
+
+
+def scores(encoded):
+    """Score each query against all passages: three arrays `(Q, N)`."""
+    (q_dense, q_lexical, q_colbert), (p_dense, p_lexical, p_colbert) = encoded
+    return (
+        np.stack([dense_scores(query, p_dense) for query in q_dense]),
+        np.stack([lexical_scores(query, pack(p_lexical)) for query in q_lexical]),
+        np.stack([maxsim_scores(query, p_colbert) for query in q_colbert]),
+    )
+
+
+def test_lexical_scores_equal_the_models(flag, encoded):
+    (_, queries, _), (_, passages, _) = encoded
+    expected = flag.compute_lexical_matching_score(queries, passages)
+    ours = scores(encoded)[1]
+    assert np.count_nonzero(expected) > len(PASSAGES)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_maxsim_scores_equal_the_models(flag, encoded):
+    (_, _, queries), (_, _, passages) = encoded
+    expected = [[flag.colbert_score(q, p) for p in passages] for q in queries]
+    ours = scores(encoded)[2]
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_all_scores_equal_those_of_compute_score(flag, encoded):
+    # One pair at a time: in a padded batch the model's own MaxSim sees zeros for padding.
+    expected = [
+        flag.compute_score(pair, weights_for_different_modes=list(WEIGHTS))
+        for pair in product(QUERIES, PASSAGES)
+    ]
+    dense, lexical, colbert = (part.ravel() for part in scores(encoded))
+    ours = {
+        "dense": dense,
+        "sparse": lexical,
+        "colbert": colbert,
+        "sparse+dense": weighted_mean([dense, lexical], WEIGHTS[:2]),
+        "colbert+sparse+dense": weighted_mean([dense, lexical, colbert], WEIGHTS),
+    }
+    for name, values in ours.items():
+        reference = [score[name] for score in expected]
+        np.testing.assert_allclose(values, reference, atol=1e-5, rtol=0, err_msg=name)
+
+
+def test_lexical_score_by_hand():
+    query = {9: 2.0, 5: 0.5}
+    passages = [{5: 1.0, 9: 0.25}, {7: 3.0}, {}, {9: 1.0, 4: 1.0, 12: 1.0}]
+    assert lexical_scores(query, pack(passages)).tolist() == [1.0, 0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("query", "passages", "expected"),
+    [({}, [{5: 1.0}, {}], [0.0, 0.0]), ({5: 1.0}, [{}], [0.0]), ({5: 1.0}, [], []), ({}, [], [])],
+)
+def test_lexical_score_of_nothing_is_zero(query, passages, expected):
+    assert lexical_scores(query, pack(passages)).tolist() == expected
+
+
+@given(LEXICAL, st.lists(LEXICAL, max_size=6))
+def test_lexical_scores_equal_the_sum_over_shared_tokens(query, passages):
+    expected = [sum(query[i] * row[i] for i in query.keys() & row.keys()) for row in passages]
+    np.testing.assert_allclose(lexical_scores(query, pack(passages)), expected, atol=1e-5)
+
+
+def test_packed_weights_can_be_cut_from_a_store_in_any_token_order():
+    packed = pack([{12: 1.0, 4: 2.0, 9: 4.0}])
+    assert packed.ids.tolist() == [12, 4, 9]
+    assert lexical_scores({4: 1.0, 12: 1.0}, packed).tolist() == [3.0]
+
+
+def test_maxsim_by_hand():
+    query = np.array([[1, 0], [0, 1]], np.float32)
+    one_token = np.array([[0.6, 0.8]], np.float32)
+    two_tokens = np.array([[1, 0], [0.8, 0.6]], np.float32)
+    assert maxsim_scores(query, [one_token, two_tokens]).tolist() == pytest.approx([0.7, 0.8])
+    assert maxsim_scores(one_token, [one_token]).tolist() == pytest.approx([1.0])
+    assert maxsim_scores(query, []).tolist() == []
+
+
+def test_a_longer_passage_beside_it_does_not_lift_a_negative_similarity():
+    query = np.array([[1, 0]], np.float32)
+    opposite = np.array([[-1, 0]], np.float32)
+    orthogonal = np.array([[0, 1], [0, 1], [0, 1]], np.float32)
+    assert maxsim_scores(query, [opposite, orthogonal]).tolist() == [-1.0, 0.0]
+
+
+def test_weights_are_divided_by_their_sum():
+    parts = [np.array([1, 0], np.float32), np.array([0, 1], np.float32)]
+    fused = weighted_mean(parts, (3, 1))
+    assert fused.tolist() == [0.75, 0.25]
+    assert fused.dtype == np.float32
+    assert weighted_mean(parts, (0, 2)).tolist() == [0.0, 1.0]
+
+
+def test_reciprocal_ranks_add_up_over_the_rankings_that_hold_a_passage():
+    fused = reciprocal_rank_fusion([[2, 0], np.array([0, 1, 2])], 4)
+    expected = [1 / 62 + 1 / 61, 1 / 62, 1 / 61 + 1 / 63, 0]
+    np.testing.assert_allclose(fused, expected, rtol=1e-6)
+    assert reciprocal_rank_fusion([[1]], 2, constant=0).tolist() == [0.0, 1.0]
+    assert reciprocal_rank_fusion([[], []], 2).tolist() == [0.0, 0.0]
