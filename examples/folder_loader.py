@@ -187,7 +187,7 @@ def _html_text(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # XHTML is read as HTML on purpose
         soup = BeautifulSoup(path.read_bytes(), "html.parser")
-    title = soup.title.get_text(" ", strip=True) if soup.title else ""
+    title = " ".join(soup.title.get_text().split()) if soup.title else ""
     for tag in soup(UNSEEN):
         tag.decompose()
     for tag in soup(BLOCKS):
