@@ -1,1 +1,32 @@
-"""BGE-M3 embeddings for LangChain."""
+"""BGE-M3 embeddings for LangChain: dense, lexical and ColBERT vectors of one forward pass.
+
+Importing the package imports neither torch nor FlagEmbedding: names are fetched when first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from langchain_bge_dense._encoding import M3Encoding
+    from langchain_bge_dense._version import __version__
+    from langchain_bge_dense.embeddings import BGEM3Embeddings
+
+_HOMES = {
+    "BGEM3Embeddings": "embeddings",
+    "M3Encoding": "_encoding",
+    "__version__": "_version",
+}
+
+__all__ = ["BGEM3Embeddings", "M3Encoding", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}. It has {', '.join(__all__)}."
+        raise AttributeError(msg)
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

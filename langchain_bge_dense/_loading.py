@@ -1,0 +1,312 @@
+"""From a hub id or a folder to a `BGEM3FlagModel` on a device, in a dtype.
+
+The only module that knows the hub, devices and dtypes. Knows no LangChain and runs no text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from langchain_bge_dense._checkpoint import (
+    POOLING_FILE,
+    SMALL_FILES,
+    Checkpoint,
+    choose_weights,
+    safetensors_keys,
+    weight_files,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from FlagEmbedding import BGEM3FlagModel
+
+logger = logging.getLogger(__name__)
+
+# The hub's library reads it once, at its import.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+PYTORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def choose_device(device: str, *, cuda: bool, mps: bool) -> str:
+    """Resolve `"auto"` to the best device there is.
+
+    >>> choose_device("auto", cuda=False, mps=False)
+    'cpu'
+    >>> choose_device("cuda:1", cuda=True, mps=False)
+    'cuda:1'
+
+    Raises:
+        ValueError: The named kind of device is not on this machine.
+    """
+    if device == "auto":
+        return "cuda" if cuda else "mps" if mps else "cpu"
+    if (device.startswith("cuda") and not cuda) or (device.startswith("mps") and not mps):
+        msg = (
+            f"Device {device!r} was asked for, and PyTorch finds none on this machine. "
+            'Use device="auto" or "cpu", or install a PyTorch build for that device.'
+        )
+        raise ValueError(msg)
+    return device
+
+
+def choose_dtype(dtype: str, device: str, backend: str, *, bf16: bool) -> str:
+    """Resolve `"auto"` to the fastest dtype that keeps the quality.
+
+    Args:
+        dtype: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or `"int8"`.
+        device: A resolved device.
+        backend: A resolved backend.
+        bf16: Whether the CPU multiplies bfloat16 in hardware.
+
+    >>> choose_dtype("auto", "cuda", "torch", bf16=False)
+    'float16'
+    >>> choose_dtype("auto", "cpu", "torch", bf16=True)
+    'bfloat16'
+
+    Raises:
+        ValueError: The backend cannot run the dtype.
+    """
+    if dtype == "int8" and backend != "openvino":
+        msg = (
+            f'dtype="int8" was asked for with the {backend} backend on {device!r}, and only the '
+            'OpenVINO backend has it. Use backend="openvino" on a CPU, or another dtype.'
+        )
+        raise ValueError(msg)
+    if dtype == "float16" and backend == "openvino":
+        msg = (
+            'dtype="float16" was asked for, and the OpenVINO backend has none on a CPU. '
+            'Use dtype="auto", "float32", "bfloat16" or "int8".'
+        )
+        raise ValueError(msg)
+    if dtype != "auto":
+        return dtype
+    if not device.startswith("cpu"):
+        return "float16"
+    return "bfloat16" if bf16 else "float32"
+
+
+class Plan(NamedTuple):
+    """Where and how a model runs."""
+
+    device: str
+    dtype: str
+    backend: str
+
+
+def choose_backend(backend: str, device: str, *, openvino: bool) -> str:
+    """Resolve `"auto"` to OpenVINO on a CPU where it is installed, else to PyTorch.
+
+    >>> choose_backend("auto", "cpu", openvino=True), choose_backend("auto", "cuda", openvino=True)
+    ('openvino', 'torch')
+
+    Raises:
+        ImportError: OpenVINO was asked for and is not installed.
+        ValueError: OpenVINO was asked for on another device than the CPU.
+    """
+    if backend == "openvino" and device != "cpu":
+        msg = (
+            f'backend="openvino" was asked for on device {device!r}, and it runs on a CPU only. '
+            'Use device="cpu", or backend="torch".'
+        )
+        raise ValueError(msg)
+    if backend == "openvino" and not openvino:
+        msg = (
+            'backend="openvino" was asked for, and OpenVINO is not installed. '
+            'Run `pip install "langchain-bge-dense[openvino]"`, or use backend="torch".'
+        )
+        raise ImportError(msg)
+    if backend == "auto":
+        return "openvino" if openvino and device == "cpu" else "torch"
+    return backend
+
+
+def make_plan(device: str, dtype: str, backend: str) -> Plan:
+    """Resolve every `"auto"` for this machine."""
+    import torch
+
+    device = choose_device(
+        device, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available()
+    )
+    backend = choose_backend(backend, device, openvino=False)
+    return Plan(device, choose_dtype(dtype, device, backend, bf16=cpu_has_bf16()), backend)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    import torch
+
+    # Without such a unit PyTorch emulates bfloat16, slower than float32.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def find_folder(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_folder: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Find a local folder, or download what is needed of a hub checkpoint.
+
+    Returns:
+        The folder that holds the files.
+
+    Raises:
+        FileNotFoundError: No such folder, no such model on the hub, or no way to reach it.
+        ValueError: `model` is neither a folder nor a valid hub id.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_absolute() or model.startswith((".", "~")) or not _is_hub_id(model):
+        msg = (
+            f"There is no model folder {model!r} (looked in {folder.absolute()}). Correct the "
+            "path, or pass a hub id such as BAAI/bge-m3."
+        )
+        raise FileNotFoundError(msg)
+    return _download(model, revision, token, cache_folder, local_files_only)
+
+
+def _is_hub_id(model: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII) is not None
+
+
+def _download(
+    model: str, revision: str | None, token: str | None, cache: str | None, local: bool
+) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    def fetch(revision: str | None, patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                token=token,
+                cache_dir=cache,
+                local_files_only=local,
+                allow_patterns=patterns,
+            )
+        )
+
+    try:
+        folder = fetch(revision, [*SMALL_FILES, POOLING_FILE, *SAFETENSORS])
+        if not choose_weights([file.name for file in folder.iterdir()]):
+            folder = fetch(folder.name, list(PYTORCH_WEIGHTS))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(_not_found(model, revision, cache, error)) from error
+    return folder
+
+
+def _not_found(model: str, revision: str | None, cache: str | None, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    at = f" at revision {revision!r}" if revision else ""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"The model {model!r}{at} is neither in the cache {cache or constants.HF_HUB_CACHE} nor to "
+        f"be had from {constants.ENDPOINT} ({reason}). Check the name; pass a local folder as "
+        "`model`; set HF_ENDPOINT to a mirror; or, on a machine with access, run "
+        f'`hf download {model} --exclude "onnx/*" --local-dir FOLDER` and copy FOLDER here.'
+    )
+
+
+def load_flag_model(
+    checkpoint: Checkpoint, *, pooling: str, device: str, dtype: str
+) -> BGEM3FlagModel:
+    """Load a checkpoint's weights.
+
+    Args:
+        checkpoint: What `read_checkpoint` gave.
+        pooling: `"cls"` or `"mean"`.
+        device: A resolved torch device.
+        dtype: A resolved dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Returns:
+        FlagEmbedding's model, on the device and in the dtype, in evaluation mode.
+
+    Raises:
+        ValueError: The weights belong to another architecture.
+    """
+    from FlagEmbedding import BGEM3FlagModel
+
+    with _quiet_transformers():
+        flag = BGEM3FlagModel(
+            str(checkpoint.folder),
+            use_fp16=dtype == "float16",
+            use_bf16=dtype == "bfloat16",
+            devices=device,
+            pooling_method=pooling,
+        )
+    _check_names(flag.model.model, checkpoint)
+    flag.model.to(device).eval()
+    return flag
+
+
+def settle_flag_model(flag: BGEM3FlagModel) -> tuple[Path, str]:
+    """Bring a caller's own model to its first device, in a dtype that runs there.
+
+    Returns:
+        Its checkpoint folder and that device.
+    """
+    device = str(flag.target_devices[0])
+    if device == "cpu":
+        flag.model.float()  # as FlagEmbedding does at every encode
+    flag.model.to(device).eval()
+    return find_folder(flag.model.model.name_or_path, local_files_only=True), device
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' bar and its remarks on the pooler, which is not used."""
+    from transformers.utils import logging as transformers_logging_module
+
+    transformers_logging: Any = transformers_logging_module
+
+    level, bar = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_names(encoder: Any, checkpoint: Checkpoint) -> None:
+    """Refuse weights that transformers would have filled up with random numbers."""
+    needed = {name for name, _ in encoder.named_parameters() if not name.startswith("pooler.")}
+    for name in _tensor_names(checkpoint.folder):
+        parts = name.replace("gamma", "weight").replace("beta", "bias").split(".")
+        needed.difference_update(".".join(parts[start:]) for start in range(len(parts)))
+    if needed:
+        msg = (
+            f"The weights in {weight_files(checkpoint.folder)[0]} lack {len(needed)} tensors that "
+            f"config.json asks for, {min(needed)} among them. They belong to another model: "
+            "download the checkpoint again."
+        )
+        raise ValueError(msg)
+
+
+def _tensor_names(folder: Path) -> Iterator[str]:
+    import torch
+
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            yield from safetensors_keys(file)
+        else:
+            yield from torch.load(file, map_location="meta", weights_only=True, mmap=True)
