@@ -1,0 +1,273 @@
+"""What a Chroma collection says of the vectors in it, and whether embeddings fit them.
+
+Knows nothing of documents and indexing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import uuid
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import chromadb
+import numpy as np
+from chromadb.config import Settings
+from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+    from langchain_core.embeddings import Embeddings
+
+FINGERPRINT = "embedding_fingerprint"
+DIMENSION = "embedding_dimension"
+
+_SAME_COSINE = 0.99  # of one text by one model, in any dtype
+_SAMPLE = 10  # stored documents of which the shortest is embedded again
+_WAYS_OUT = "take another collection_name, or delete the collection and index its documents again."
+
+_spellings: dict[str, str] = {}  # folder to the path under which this process opened it first
+_written: dict[str, FileLock] = {}  # by folder that this process writes to
+_writing = threading.Lock()
+
+
+class Identity(NamedTuple):
+    """What has to be equal for vectors to be comparable.
+
+    Attributes:
+        fingerprint: Names the model and whatever else changes its vectors.
+        dimension: Width of a vector.
+    """
+
+    fingerprint: str
+    dimension: int
+
+    @classmethod
+    def of(cls, embeddings: Embeddings) -> Identity:
+        """Identity of any embeddings; without a `dimension` of their own one query is embedded."""
+        dimension = getattr(embeddings, "dimension", None)
+        if not isinstance(dimension, int):
+            dimension = len(embeddings.embed_query("dimension"))
+        return cls(fingerprint_of(embeddings), dimension)
+
+    def metadata(self) -> dict[str, str | int]:
+        """As it is written to a collection."""
+        return {FINGERPRINT: self.fingerprint, DIMENSION: self.dimension}
+
+
+def fingerprint_of(embeddings: Embeddings) -> str:
+    """The embeddings' own fingerprint, else their class and the name of their model.
+
+    >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+    >>> fingerprint_of(DeterministicFakeEmbedding(size=8))
+    'langchain_core.embeddings.fake.DeterministicFakeEmbedding'
+    """
+    kind = type(embeddings)
+    values = [getattr(embeddings, name, None) for name in ("fingerprint", "model", "model_name")]
+    own, *models = [value if isinstance(value, str) else None for value in values]
+    model = next(filter(None, models), "")
+    return own or f"{kind.__module__}.{kind.__qualname__} {model}".rstrip()
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two fingerprints name one model: by its digest where both have one.
+
+    >>> same_model("bge-m3@3f2a9c81d0e4 pooling=cls", "a-copy@3f2a9c81d0e4 pooling=cls")
+    True
+    """
+    return _without_name(one) == _without_name(other)
+
+
+def _without_name(fingerprint: str) -> str:
+    return re.sub(r"^.*?@(?=[0-9a-f]{12} )", "", fingerprint)
+
+
+def local_client(folder: str | os.PathLike[str] | None, **names: str) -> ClientAPI:
+    """A client of the Chroma in this process, on disk or in memory.
+
+    Args:
+        folder: Where the data is kept; None: a database in memory that nobody else has.
+        names: `tenant` and `database`, as in Chroma.
+    """
+    try:
+        return _start(folder, Settings(anonymized_telemetry=False), **names)
+    except ValueError as error:
+        if "different settings" not in str(error):
+            raise
+        # The caller's own code was here first, and Chroma gives it to none but its like.
+        return _start(folder, Settings(), **names)
+
+
+def _start(folder: str | os.PathLike[str] | None, settings: Settings, **names: str) -> ClientAPI:
+    if folder is not None:
+        return chromadb.PersistentClient(_spelling(folder), settings, **names)
+    if not names:
+        names = {"database": uuid.uuid4().hex}
+        chromadb.AdminClient(settings).create_database(names["database"])
+    return chromadb.EphemeralClient(settings, **names)
+
+
+def _spelling(folder: str | os.PathLike[str]) -> str:
+    """The folder's path as this process wrote it first: Chroma opens another spelling twice.
+
+    Two Chromas on one folder destroy its index.
+    """
+    real, path = os.path.realpath(folder), os.fspath(folder)
+    if real not in _spellings and path in _spellings.values():
+        path = real  # a relative path, after a change of directory
+    return _spellings.setdefault(real, path)
+
+
+def write_alone(client: ClientAPI) -> None:
+    """Make this process the only one that indexes into the client's folder, until it ends.
+
+    Raises:
+        RuntimeError: Another process has written to the folder and still runs.
+    """
+    settings = client.get_settings()
+    if not settings.is_persistent:
+        return
+    folder = os.path.realpath(settings.persist_directory)
+    path = os.path.join(folder, "indexing.lock")  # noqa: PTH118
+    try:
+        with _writing:
+            _written.setdefault(folder, FileLock(path, thread_local=False)).acquire(blocking=False)
+    except Timeout as error:
+        msg = (
+            f"Another process has indexed into {folder!r} and still runs; a second one would "
+            "destroy Chroma's index. Wait until it ends, or let both use a Chroma server."
+        )
+        raise RuntimeError(msg) from error
+
+
+def cosine_configuration(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A collection configuration with cosine for its space.
+
+    Raises:
+        ValueError: It names another space.
+    """
+    configuration = dict(given or {})
+    index = "spann" if configuration.get("spann") else "hnsw"
+    settings = {"space": "cosine", **(configuration.get(index) or {})}
+    require_cosine(settings["space"], "collection_configuration")
+    return {**configuration, index: settings}
+
+
+def require_cosine(space: str, where: str) -> None:
+    """Refuse another space than cosine.
+
+    Raises:
+        ValueError: It is another.
+    """
+    if space != "cosine":
+        msg = (
+            f"The {where} names the space {space!r}, and scores here are cosines. "
+            "Leave the space out, or say 'cosine'."
+        )
+        raise ValueError(msg)
+
+
+def claim(collection: Collection, embeddings: Embeddings, identity: Identity) -> None:
+    """Check that the embeddings fit the collection, and write their identity to one that has none.
+
+    Args:
+        collection: As Chroma gives it now.
+        embeddings: Embed a stored document again where the collection does not name its model.
+        identity: Theirs.
+
+    Raises:
+        ValueError: The collection has another space, or its vectors are another model's.
+    """
+    _check_space(collection)
+    if FINGERPRINT in (collection.metadata or {}):
+        check(collection, identity.fingerprint)
+        stored = collection.metadata.get(DIMENSION, identity.dimension)
+        _check_dimension(collection, stored, identity)
+    else:
+        _adopt(collection, embeddings, identity)
+
+
+def check(collection: Collection, fingerprint: str) -> None:
+    """Refuse embeddings other than those that the collection names.
+
+    Raises:
+        ValueError: It names others, or none.
+    """
+    stored = (collection.metadata or {}).get(FINGERPRINT)
+    if stored is None:
+        msg = (
+            f"Collection {collection.name!r} does not say which model filled it. "
+            "Open it with open_chroma, which checks that."
+        )
+        raise ValueError(msg)
+    if not same_model(stored, fingerprint):
+        msg = (
+            f"Collection {collection.name!r} holds vectors of {stored!r}, not of {fingerprint!r}. "
+            f"Open it with the first model, {_WAYS_OUT}"
+        )
+        raise ValueError(msg)
+
+
+def _check_space(collection: Collection) -> None:
+    configuration = collection.configuration_json
+    index = configuration.get("hnsw") or configuration.get("spann") or {}
+    space = index.get("space", "l2")
+    if space != "cosine":
+        msg = (
+            f"Collection {collection.name!r} has the space {space!r}, which cannot be changed to "
+            f"'cosine'. {_WAYS_OUT.capitalize()}"
+        )
+        raise ValueError(msg)
+
+
+def _check_dimension(collection: Collection, stored: int, identity: Identity) -> None:
+    if stored != identity.dimension:
+        msg = (
+            f"Collection {collection.name!r} holds vectors of {stored} numbers, and those of "
+            f"{identity.fingerprint!r} have {identity.dimension}. "
+            f"Open it with the first model, {_WAYS_OUT}"
+        )
+        raise ValueError(msg)
+
+
+def _adopt(collection: Collection, embeddings: Embeddings, identity: Identity) -> None:
+    sample = collection.get(limit=_SAMPLE, include=["documents", "embeddings"])
+    vectors = sample["embeddings"]
+    if vectors is not None and len(vectors):
+        _check_dimension(collection, len(vectors[0]), identity)
+        _check_sample(collection, sample["documents"] or [], vectors, embeddings)
+    # Chroma takes no hnsw:space here; the configuration holds the space.
+    kept = {k: v for k, v in (collection.metadata or {}).items() if k != "hnsw:space"}
+    collection.modify(metadata={**kept, **identity.metadata()})
+
+
+def _check_sample(
+    collection: Collection,
+    documents: Sequence[str | None],
+    vectors: Any,
+    embeddings: Embeddings,
+) -> None:
+    texts = [(text, vector) for text, vector in zip(documents, vectors, strict=True) if text]
+    if not texts:
+        msg = (
+            f"Collection {collection.name!r} has vectors and no texts, so that nothing shows which "
+            f"model filled it. {_WAYS_OUT.capitalize()}"
+        )
+        raise ValueError(msg)
+    text, stored = min(texts, key=lambda pair: len(pair[0]))
+    cosine = _cosine(np.asarray(stored), np.asarray(embeddings.embed_documents([text])[0]))
+    if not cosine >= _SAME_COSINE:
+        msg = (
+            f"Collection {collection.name!r} was filled by another model than "
+            f"{fingerprint_of(embeddings)!r}: a stored text embedded again has cosine {cosine:.2f} "
+            f"to its stored vector. Open it with the first model, {_WAYS_OUT}"
+        )
+        raise ValueError(msg)
+
+
+def _cosine(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))

@@ -1,0 +1,150 @@
+"""One run of `index_documents`, chunk by chunk: what is new is embedded and stored.
+
+Knows no progress bars and no event loops.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import httpx
+import numpy as np
+from chromadb.errors import RateLimitError
+from langchain_chroma import Chroma
+
+from langchain_bge_dense._collection import check, fingerprint_of, write_alone
+from langchain_bge_dense._records import Record, record
+from langchain_bge_dense.embeddings import BGEM3Embeddings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from langchain_core.documents import Document
+    from langchain_core.embeddings import Embeddings
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before a server that does not answer is asked again
+
+
+@dataclass(frozen=True)
+class IndexResult:
+    """What `index_documents` did.
+
+    Attributes:
+        added: Documents that were embedded and stored.
+        skipped: Documents that the collection, or the same input further up, had already.
+        truncated: Documents among the added ones that were longer than the model takes.
+
+    Example:
+        >>> IndexResult(added=2, skipped=1, truncated=0).added
+        2
+    """
+
+    added: int
+    skipped: int
+    truncated: int
+
+
+class Run:
+    """One call of `index_documents`: where it writes, and its counts so far.
+
+    Chunks are cut by position in the input, and each is one write: a run after a kill embeds the
+    same texts together, and gets the same vectors to the last bit.
+    """
+
+    def __init__(self, store: Chroma, batch_size: int) -> None:
+        _check(store, batch_size)
+        client = store._client  # noqa: SLF001 - Chroma has no public way to upsert vectors
+        self._collection = collection = store._collection  # noqa: SLF001
+        self._embeddings: Embeddings = store.embeddings  # type: ignore[assignment]
+        fresh = _patiently(lambda: client.get_collection(collection.name, embedding_function=None))
+        check(fresh, fingerprint_of(self._embeddings))
+        write_alone(client)
+        self.batch_size = min(batch_size, _patiently(client.get_max_batch_size))
+        self._added = self._seen = self._truncated = 0
+
+    def add(self, chunk: Sequence[Document]) -> None:
+        records = {r.id: r for r in map(record, chunk, itertools.count(self._seen))}
+        found = _patiently(lambda: self._collection.get(ids=list(records), include=[]))
+        for known in found["ids"]:
+            del records[known]
+        if records:
+            columns, truncated = _columns(self._embeddings, list(records.values()))
+            _patiently(lambda: self._collection.upsert(**columns))
+            self._truncated += truncated
+        self._seen += len(chunk)
+        self._added += len(records)
+
+    def result(self) -> IndexResult:
+        return IndexResult(self._added, self._seen - self._added, self._truncated)
+
+
+def _columns(embeddings: Embeddings, records: Sequence[Record]) -> tuple[dict[str, Any], int]:
+    """All that Chroma stores of new documents, and how many of them were truncated."""
+    vectors, truncated = _vectors(embeddings, [r.text for r in records])  # (N, D)
+    if len(vectors) != len(records):
+        msg = (
+            f"{type(embeddings).__name__}.embed_documents gave {len(vectors)} vectors for "
+            f"{len(records)} texts. Use embeddings that give one for each."
+        )
+        raise ValueError(msg)
+    finite = np.isfinite(vectors).all(axis=1)  # (N,)
+    if not finite.all():
+        msg = (
+            f"The vector of document {records[int(finite.argmin())].position} is not finite. "
+            "Leave the document out, or use embeddings that can take it."
+        )
+        raise FloatingPointError(msg)
+    columns = {
+        "ids": [r.id for r in records],
+        "documents": [r.text for r in records],
+        "metadatas": [r.metadata or None for r in records],
+        "embeddings": list(vectors),
+    }
+    return columns, truncated
+
+
+def _vectors(embeddings: Embeddings, texts: list[str]) -> tuple[NDArray[np.float32], int]:
+    if isinstance(embeddings, BGEM3Embeddings):
+        encoding = embeddings.encode(texts)
+        return encoding.dense, int(encoding.truncated.sum())  # type: ignore[return-value]
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as not finite
+        return np.asarray(embeddings.embed_documents(texts), dtype=np.float32), 0
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """Call Chroma, and again after a while where its server does not answer."""
+    waits = iter(_WAITS)
+    while True:
+        try:
+            return call()
+        except (httpx.TransportError, RateLimitError) as error:  # noqa: PERF203
+            wait = next(waits, None)
+            if wait is None:
+                msg = (
+                    f"The Chroma server did not answer for {sum(_WAITS):.0f} seconds: {error}. "
+                    "Start it and run this again; what is stored is not embedded again."
+                )
+                raise ConnectionError(msg) from error
+            logger.warning("Chroma did not answer (%s); next try in %s s.", error, wait)
+            time.sleep(wait)
+
+
+def _check(store: object, batch_size: int) -> None:
+    if not isinstance(store, Chroma):
+        msg = f"The store is {type(store).__name__}, not Chroma. Make it with open_chroma."
+        raise TypeError(msg)
+    if store.embeddings is None:
+        msg = "The store has no embeddings. Make it with open_chroma."
+        raise ValueError(msg)
+    if batch_size < 1:
+        msg = f"batch_size is {batch_size}. Use 1 or more."
+        raise ValueError(msg)
