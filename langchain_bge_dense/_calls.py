@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import warnings
 from collections import deque
 from concurrent.futures import wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from langchain_bge_dense._texts import checked, windows
@@ -151,7 +153,16 @@ class Call:
                 "Split them (count_tokens measures), raise max_length, or choose "
                 'on_truncate="raise" or "ignore".'
             )
-            warnings.warn(msg, UserWarning, stacklevel=4)
+            warnings.warn(msg, UserWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The `stacklevel` that makes a warning point at the code that called this package."""
+    package = str(Path(__file__).parent)
+    frame, level = sys._getframe(1), 1  # noqa: SLF001
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _result(running: deque[Job], bar: tqdm[Any] | None) -> Encoded:

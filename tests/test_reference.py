@@ -1,0 +1,171 @@
+"""The fidelity rule: in float32 every output equals `BGEM3FlagModel`'s on the same checkpoint."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from langchain_bge_dense import BGEM3Embeddings, M3Encoding
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from FlagEmbedding import BGEM3FlagModel
+
+WORDS = [
+    "free",
+    "equal",
+    "dignity",
+    "人人生而自由",
+    "向量检索",
+    "الحقوق",
+    "والكرامة",
+    "Würde",
+    "égaux",
+    "😀",
+    "🎉",
+    "1,024",
+]
+POSITIONS = 512
+ODD = [
+    "",
+    " ",
+    "\0",
+    "a\0b",
+    "\n\t",
+    "the the the the the",
+    "人人人人",
+    "<pad> <s> </s> <unk> <mask>",
+    "👩‍👩‍👧‍👦 e\u0301 \u200b\ufeff",
+    "long " * 3_000,
+    "很长的文本。" * 2_000,
+]
+
+
+def corpus() -> list[str]:
+    """Texts of every length around the batch limits, and the odd ones."""
+    chooser = random.Random(0)
+    texts = [" ".join(chooser.choices(WORDS, k=length)) for length in range(0, 160, 3)]
+    return texts + ODD
+
+
+@pytest.fixture(scope="module")
+def flag(tiny_checkpoint: Path) -> BGEM3FlagModel:
+    from FlagEmbedding import BGEM3FlagModel
+
+    return BGEM3FlagModel(str(tiny_checkpoint), use_fp16=False, devices="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(flag: BGEM3FlagModel) -> dict[str, list]:
+    # One by one: with its batches of 256 every short text would be padded to the longest.
+    outputs = [
+        flag.encode(
+            [text],
+            max_length=POSITIONS,
+            return_dense=True,
+            return_sparse=True,
+            return_colbert_vecs=True,
+        )
+        for text in corpus()
+    ]
+    return {key: [output[key][0] for output in outputs] for key in outputs[0]}
+
+
+def encode(embeddings: BGEM3Embeddings, texts: list[str]) -> M3Encoding:
+    embeddings = embeddings.model_copy(update={"on_truncate": "ignore"})
+    return embeddings.encode(texts, lexical=True, colbert=True)
+
+
+def assert_equal(encoding: M3Encoding, reference: dict[str, list], order: list[int]) -> None:
+    for row, index in enumerate(order):
+        expected = reference["dense_vecs"][index]
+        assert encoding.dense[row] @ expected >= 0.999999
+        np.testing.assert_allclose(encoding.dense[row], expected, atol=1e-5)
+        weights = {int(key): value for key, value in reference["lexical_weights"][index].items()}
+        assert encoding.lexical[row].keys() == weights.keys()
+        assert encoding.lexical[row] == pytest.approx(weights, abs=1e-5)
+        colbert = reference["colbert_vecs"][index]
+        assert encoding.colbert[row].shape == colbert.shape
+        np.testing.assert_allclose(encoding.colbert[row], colbert, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 512, 100_000])
+def test_outputs_equal_the_reference_with_every_budget(
+    tiny: BGEM3Embeddings, reference: dict[str, list], batch_tokens: int
+) -> None:
+    texts = corpus()
+    encoding = encode(tiny.model_copy(update={"batch_tokens": batch_tokens}), texts)
+    assert_equal(encoding, reference, list(range(len(texts))))
+
+
+def test_order_changes_nothing(tiny: BGEM3Embeddings, reference: dict[str, list]) -> None:
+    texts = corpus()
+    order = list(range(len(texts)))
+    random.Random(1).shuffle(order)
+    assert_equal(encode(tiny, [texts[index] for index in order]), reference, order)
+
+
+def test_one_by_one_equals_all_at_once(tiny: BGEM3Embeddings) -> None:
+    texts = corpus()
+    together = encode(tiny, texts)
+    for index, text in enumerate(texts):
+        alone = encode(tiny, [text])
+        np.testing.assert_allclose(alone.dense[0], together.dense[index], atol=1e-6)
+        assert alone.lexical[0] == pytest.approx(together.lexical[index], abs=1e-6)
+        np.testing.assert_allclose(alone.colbert[0], together.colbert[index], atol=1e-5)
+        assert alone.token_counts[0] == together.token_counts[index]
+
+
+def test_tokens_and_cuts_equal_the_tokenizers_own(
+    tiny: BGEM3Embeddings, flag: BGEM3FlagModel
+) -> None:
+    texts = corpus()
+    for max_length in (3, 17, POSITIONS):
+        settings = {"max_length": max_length, "on_truncate": "ignore"}
+        embeddings = tiny.model_copy(update=settings)
+        encoder = embeddings.load()._engine.encoder
+        cut = flag.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        whole = flag.tokenizer(texts)["input_ids"]
+        ours = encoder.tokenize(texts, max_length)
+        assert [tokens.ids.tolist() for tokens in ours] == cut
+        encoding = embeddings.encode(texts)
+        assert encoding.token_counts.tolist() == [len(ids) for ids in whole]
+        assert encoding.truncated.tolist() == [len(ids) > max_length for ids in whole]
+
+
+def test_without_normalisation_vectors_have_the_references_length(tiny_checkpoint: Path) -> None:
+    from FlagEmbedding import BGEM3FlagModel
+
+    flag = BGEM3FlagModel(
+        str(tiny_checkpoint), use_fp16=False, devices="cpu", normalize_embeddings=False
+    )
+    expected = flag.encode(["free and equal"], return_colbert_vecs=True)
+    ours = BGEM3Embeddings(
+        model=tiny_checkpoint, device="cpu", dtype="float32", backend="torch", normalize=False
+    ).encode(["free and equal"], colbert=True)
+    np.testing.assert_allclose(ours.dense[0], expected["dense_vecs"][0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(ours.colbert[0], expected["colbert_vecs"][0], rtol=1e-3, atol=1e-5)
+
+
+def test_a_callers_own_model_gives_the_same_and_stays_usable(
+    flag: BGEM3FlagModel, reference: dict[str, list]
+) -> None:
+    texts = corpus()
+    embeddings = BGEM3Embeddings.from_flag_model(flag, on_truncate="ignore")
+    encoding = embeddings.encode(texts, lexical=True, colbert=True)
+    assert_equal(encoding, reference, list(range(len(texts))))
+    again = flag.encode(["free"], max_length=POSITIONS)["dense_vecs"][0]
+    np.testing.assert_allclose(again, embeddings.embed_query("free"), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_close(tiny: BGEM3Embeddings, dtype: str) -> None:
+    half = tiny.model_copy(update={"dtype": dtype, "on_truncate": "ignore"})
+    exact = encode(tiny, corpus()).dense
+    cosines = (half.encode(corpus()).dense * exact).sum(axis=1)
+    assert cosines.min() > 0.99
+    assert not np.array_equal(half.encode(corpus()).dense, exact)
