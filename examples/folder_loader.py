@@ -39,9 +39,10 @@ PDF_ERRORS = (
 )
 
 UNSEEN = ["head", "title", "script", "style", "template", "noscript"]
+HEADINGS = ["h1", "h2", "h3", "h4", "h5", "h6"]
 BLOCKS = [
-    *("h1", "h2", "h3", "h4", "h5", "h6", "p", "br", "pre", "blockquote"),
-    *("li", "dt", "dd", "tr", "caption", "figcaption", "div", "section"),
+    *("p", "br", "pre", "blockquote", "li", "dt", "dd", "tr"),
+    *("caption", "figcaption", "div", "section"),
 ]
 BLOCK_EDGE = "\x1e"
 
@@ -190,7 +191,9 @@ def _html_text(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     title = " ".join(soup.title.get_text().split()) if soup.title else ""
     for tag in soup(UNSEEN):
         tag.decompose()
-    for tag in soup(BLOCKS):
+    for heading in soup(HEADINGS):
+        heading.insert(0, "#" * int(heading.name[1]) + " ")  # as in Markdown: splitters look for it
+    for tag in soup(HEADINGS + BLOCKS):
         tag.insert_before(BLOCK_EDGE)
         tag.insert_after(BLOCK_EDGE)
     for cell in soup(["td", "th"]):

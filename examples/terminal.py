@@ -1,0 +1,121 @@
+"""Passages on a terminal, where a Chinese character is two cells wide. Knows nothing of models."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import unicodedata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from langchain_core.documents import Document
+
+_CJK = r"\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+_CLOSING = "，。！？；：、”’）》」』】"
+# A word, or one character of a script that may break anywhere but before closing punctuation.
+_UNIT = re.compile(rf"(?:[^\s{_CJK}]+|\S)[{_CLOSING}]*\s?")
+
+
+def plain(text: str) -> str:
+    """Bring text to one line without control characters, which documents must not send."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+
+
+def cells(text: str) -> int:
+    """Count the cells that a text takes up on a terminal.
+
+    >>> cells("BGE 模型")
+    8
+    """
+    return sum(_cells(char) for char in text)
+
+
+def _cells(char: str) -> int:
+    if unicodedata.category(char) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def wrap(text: str, width: int, lines: int) -> list[str]:
+    """Break a text into lines, and end the last with an ellipsis where more would follow.
+
+    Args:
+        text: Any text; it is made `plain` first.
+        width: Cells per line.
+        lines: At most so many.
+
+    >>> wrap("one two three four", 9, 2)
+    ['one two', 'three …']
+    """
+    wrapped = [""]
+    for unit in _units(plain(text), width):
+        if cells(wrapped[-1] + unit.rstrip()) <= width:
+            wrapped[-1] += unit
+            continue
+        if len(wrapped) == lines:
+            wrapped[-1] = _with_ellipsis(wrapped[-1], width)
+            break
+        wrapped.append(unit)
+    return [line.rstrip() for line in wrapped]
+
+
+def _units(text: str, width: int) -> Iterator[str]:
+    for unit in _UNIT.findall(text):
+        yield from [unit] if cells(unit) <= width else unit
+
+
+def _with_ellipsis(line: str, width: int) -> str:
+    while cells(line) > width - 2:
+        line = line[:-1]
+    return line.rstrip() + " …"
+
+
+def show_passages(passages: list[Document]) -> None:
+    """Print passages with rank, score and place, each cut to three lines of the terminal."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    for rank, passage in enumerate(passages, start=1):
+        print(f"{rank:2}  {passage.metadata['score']:.2f}  {plain(place(passage))}")
+        for line in wrap(readable(passage), width - 4, lines=3):
+            print(f"    {line}")
+    print(flush=True)
+
+
+def readable(passage: Document) -> str:
+    """Give the text without Markdown's marks, and the fields of a record with dots between."""
+    if passage.metadata.keys() & {"row", "pointer"}:
+        return " · ".join(passage.page_content.splitlines())
+    return re.sub(r"^#+ (.*)$", r"\1:", passage.page_content, flags=re.MULTILINE)
+
+
+def show_answer(retrieved: dict[str, Any]) -> None:
+    """Print an answer and the passages that it was drawn from."""
+    answer = "".join(char for char in retrieved["answer"] if char.isprintable() or char in "\n\t")
+    print(f"{answer.strip()}\n")
+    for number, passage in enumerate(retrieved["passages"], start=1):
+        print(f"[{number}] {passage.metadata['score']:.2f}  {plain(place(passage))}")
+    print(flush=True)
+
+
+def place(passage: Document) -> str:
+    """Name file and page or row, as a reader would look for them."""
+    metadata = passage.metadata
+    parts = [metadata["source"] + ("#" + metadata["pointer"] if "pointer" in metadata else "")]
+    parts += [f"{kind} {metadata[kind]}" for kind in ("page", "row") if kind in metadata]
+    return ", ".join(parts)
+
+
+def say(line: str) -> None:
+    """Print a line about what is going on, apart from the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def read_line() -> str:
+    """Read a line from the prompt; an empty one at Ctrl-D and Ctrl-C."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
