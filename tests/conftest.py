@@ -25,10 +25,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_checkpoint() -> Path:
     from small_model import build
 
-    return build(tmp_path_factory.mktemp("checkpoints") / "small")
+    return build()
 
 
 @pytest.fixture(scope="session")
