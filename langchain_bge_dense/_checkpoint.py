@@ -9,26 +9,38 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import TracebackType
 
 HEADS = ("colbert_linear.pt", "sparse_linear.pt")
 TOKENIZERS = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.txt")
-SMALL_FILES = (
-    "config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    *TOKENIZERS,
-    *HEADS,
-)
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SMALL_FILES = ("config.json", *TOKENIZER_SETTINGS, *TOKENIZERS, *HEADS)
 POOLING_FILE = "1_Pooling/config.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # transformers prefers them in this order
 
-_BLOCK = 1 << 16
-_BLOCKS = 64
+# What makes transformers load, even download, other things than those that are checked here.
+_DETOURS = (
+    "transformers_weights",
+    "quantization_config",
+    "attn_implementation",
+    "_attn_implementation",
+)
+_POOLING_MODES = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
+# Families that count positions from pad_token_id + 1.
+_PADDED_POSITIONS = ("roberta", "camembert", "mpnet", "longformer", "xmod", "data2vec-text")
+_LFS_POINTER = b"version https://git-lfs"
+
+# So many that one falls into each matrix of BGE-M3, 4 MiB of 2.3 GB.
+_BLOCKS = 1 << 10
+_BLOCK = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,6 @@ class Checkpoint:
         folder: Where the files are.
         name: The last part of the hub id or of the folder, for people to read.
         digest: Twelve hex digits over every file that changes the vectors.
-        pooling: `"cls"` or `"mean"`.
         has_heads: Whether lexical weights and ColBERT vectors can be had.
         dimension: Width of a dense vector.
         positions: Longest input in tokens.
@@ -48,17 +59,25 @@ class Checkpoint:
     folder: Path
     name: str
     digest: str
-    pooling: str
     has_heads: bool
     dimension: int
     positions: int
+
+    @property
+    def pooling(self) -> str:
+        """`"cls"` or `"mean"`, as the checkpoint's pooling file says.
+
+        Raises:
+            ValueError: It asks for a pooling that does not exist here.
+        """
+        return _pooling(self.folder / POOLING_FILE)
 
 
 def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     """Read a checkpoint's facts and check that its files are whole.
 
     Args:
-        folder: A local folder.
+        folder: A local folder. Links in it are followed wherever they lead.
         name: How to call it in messages and in the fingerprint.
 
     Returns:
@@ -66,94 +85,102 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
 
     Raises:
         FileNotFoundError: A file that is needed is missing.
-        ValueError: A file is damaged, or asks for a pooling that does not exist here.
-        PermissionError: A file cannot be read.
+        ValueError: A file is damaged, or would have something else loaded than is checked here.
+        OSError: A file cannot be read.
     """
     config = _read_json(folder / "config.json")
-    for file in (*weight_files(folder), *(folder / head for head in HEADS)):
-        _check_whole(file)
+    _refuse_detours(config, folder)
     _require_tokenizer(folder)
+    heads = [folder / head for head in HEADS if (folder / head).exists()]
+    for file in (*weight_files(folder), *heads):
+        _check_whole(file)
     return Checkpoint(
         folder=folder,
         name=name,
         digest=_digest(folder),
-        pooling=_pooling(folder / POOLING_FILE),
-        has_heads=all((folder / head).exists() for head in HEADS),
+        has_heads=len(heads) == len(HEADS),
         dimension=_config_number(config, "hidden_size", folder),
         positions=_positions(config, folder),
     )
 
 
-def choose_weights(names: list[str]) -> list[str]:
-    """The weight files to use out of those at the top of a checkpoint; safetensors before `.bin`.
-
-    >>> choose_weights(["pytorch_model.bin", "model.safetensors", "onnx/model.onnx"])
-    ['model.safetensors']
-    """
-    for single, shards in (
-        ("model.safetensors", "model-"),
-        ("pytorch_model.bin", "pytorch_model-"),
-    ):
-        if single in names:
-            return [single]
-        suffix = single.rsplit(".", 1)[1]
-        sharded = sorted(n for n in names if n.startswith(shards) and n.endswith(suffix))
-        if sharded:
-            return [f"{single}.index.json", *sharded]
-    return []
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a local checkpoint.
+    """The weight files of a local checkpoint; safetensors before `.bin`.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is none, or one of several is missing.
+        ValueError: The list of several files is damaged.
     """
-    chosen = choose_weights([file.name for file in folder.iterdir()])
-    if not chosen:
+    present = {file.name for file in folder.iterdir()}
+    for single in WEIGHTS:
+        if single in present:
+            return [folder / single]
+        if f"{single}.index.json" in present:
+            return _shards(folder / f"{single}.index.json")
+    msg = (
+        f"The checkpoint folder {folder} holds neither {' nor '.join(WEIGHTS)}. "
+        "Download it again, or pass the folder that holds the weights."
+    )
+    raise FileNotFoundError(msg)
+
+
+def _shards(index: Path) -> list[Path]:
+    files = _read_json(index).get("weight_map")
+    names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
+    if not names or any("/" in name or "\\" in name for name in names):
+        raise ValueError(damaged(index, "its weight_map is not a list of files beside it"))
+    shards = [index.with_name(name) for name in names]
+    missing = [shard.name for shard in shards if not shard.exists()]
+    if missing:
         msg = (
-            f"The checkpoint folder {folder} holds neither model.safetensors nor "
-            "pytorch_model.bin. Download it again, or pass the folder that holds the weights."
+            f"The checkpoint folder {index.parent} lacks {', '.join(missing)}, which {index.name} "
+            "lists. Download it again."
         )
         raise FileNotFoundError(msg)
-    return [folder / name for name in chosen if not name.endswith(".json")]
+    return shards
 
 
-def safetensors_keys(file: Path) -> list[str]:
-    """Names of the tensors in a safetensors file, from its header alone."""
-    return [key for key in _safetensors_header(file)[0] if key != "__metadata__"]
+class Reading(AbstractContextManager[None]):
+    """Turns whatever a parser throws at a broken file into a `ValueError` that names the file.
+
+    Args:
+        file: The file that is read.
+        spared: Exceptions that say nothing about the file, beside `OSError` and `MemoryError`.
+    """
+
+    def __init__(self, file: Path, *spared: type[Exception]) -> None:
+        self._file = file
+        self._spared: tuple[type[Exception], ...] = (OSError, MemoryError, *spared)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Raise the `ValueError`."""
+        if not isinstance(error, Exception) or isinstance(error, self._spared):
+            return
+        text = str(error).strip().partition("\n")[0]
+        raise ValueError(damaged(self._file, f"{type(error).__name__}: {text}")) from error
 
 
-def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header and the size in bytes that the whole file should have."""
+def damaged(file: Path, reason: str) -> str:
+    """What to say of a file that cannot be used."""
     with file.open("rb") as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        raw = stream.read(length) if 0 < length < 1 << 28 else b""
-    try:
-        header = json.loads(raw)
-        end = max(tensor["data_offsets"][1] for key, tensor in header.items() if key[:2] != "__")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(_damaged(file, "it is not a safetensors file")) from error
-    return header, 8 + length + int(end)
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            reason = "it is a pointer of Git LFS in place of the file (`git lfs pull` fetches it)"
+    return f"The checkpoint file {file} is damaged: {reason}. Delete it and download it again."
 
 
 def _check_whole(file: Path) -> None:
-    if not file.exists():
-        return
-    if file.suffix == ".safetensors":
-        size, expected = file.stat().st_size, _safetensors_header(file)[1]
-        if size != expected:
-            raise ValueError(_damaged(file, f"it has {size:,} bytes instead of {expected:,}"))
-        return
-    with file.open("rb") as stream:
+    with file.open("rb") as stream:  # safetensors' own errors would not name the file
         zipped = stream.read(2) == b"PK"
+    if file.suffix == ".safetensors":
+        with Reading(file), safe_open(file, framework="np"):
+            return
     if not zipped or not zipfile.is_zipfile(file):
-        raise ValueError(_damaged(file, "it is not a whole PyTorch file"))
-
-
-def _damaged(file: Path, reason: str) -> str:
-    return f"The checkpoint file {file} is damaged: {reason}. Delete it and download it again."
+        raise ValueError(damaged(file, "it is not a whole PyTorch file"))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -163,13 +190,27 @@ def _read_json(file: Path) -> dict[str, Any]:
             "Pass the folder of a transformers checkpoint, or a hub id such as BAAI/bge-m3."
         )
         raise FileNotFoundError(msg)
-    try:
+    with Reading(file):
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(_damaged(file, f"it is not JSON ({error})")) from error
     if not isinstance(content, dict):
-        raise ValueError(_damaged(file, "it is not a JSON object"))  # noqa: TRY004
+        raise ValueError(damaged(file, "it is not a JSON object"))  # noqa: TRY004
     return content
+
+
+def _refuse_detours(config: dict[str, Any], folder: Path) -> None:
+    asked = [key for key in _DETOURS if config.get(key)]
+    if (folder / "adapter_config.json").exists():
+        msg = (
+            f"The checkpoint folder {folder} holds an adapter (adapter_config.json). Merge it into "
+            "the weights, and remove its files."
+        )
+        raise ValueError(msg)
+    if asked:
+        msg = (
+            f"{folder / 'config.json'} sets {asked[0]}={config[asked[0]]!r}, which would load "
+            "something else than the checkpoint's own weights and code. Remove it from the file."
+        )
+        raise ValueError(msg)
 
 
 def _require_tokenizer(folder: Path) -> None:
@@ -179,43 +220,45 @@ def _require_tokenizer(folder: Path) -> None:
             "Copy it there from where the weights came from."
         )
         raise FileNotFoundError(msg)
+    for name in TOKENIZER_SETTINGS:
+        if (folder / name).exists():
+            _read_json(folder / name)
 
 
 def _pooling(file: Path) -> str:
     if not file.exists():
         return "cls"
     config = _read_json(file)
-    modes = {key[len("pooling_mode_") :]: on for key, on in config.items() if on is True}
-    mode = config.get("pooling_mode") or next(iter(modes), "cls_token")
-    pooling = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}.get(mode)
-    if pooling is None:
+    prefix = "pooling_mode_"
+    modes = [key[len(prefix) :] for key, on in config.items() if on is True and prefix in key]
+    mode = str(config.get("pooling_mode") or "+".join(modes) or "cls")
+    if mode not in _POOLING_MODES:
         msg = (
-            f"{file} asks for {mode!r} pooling, and only cls and mean exist here. "
+            f"{file} asks for {mode} pooling, and only cls and mean exist here. "
             'Set pooling="cls" or pooling="mean" if that is what the model was trained for.'
         )
         raise ValueError(msg)
-    return pooling
+    return _POOLING_MODES[mode]
 
 
-def _config_number(config: dict[str, Any], key: str, folder: Path) -> int:
+def _config_number(config: dict[str, Any], key: str, folder: Path, least: int = 1) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(_damaged(folder / "config.json", f"its {key} is {value!r}"))
+    if not isinstance(value, int) or value < least:
+        raise ValueError(damaged(folder / "config.json", f"its {key} is {value!r}"))
     return value
 
 
 def _positions(config: dict[str, Any], folder: Path) -> int:
     positions = _config_number(config, "max_position_embeddings", folder)
-    # The RoBERTa family counts positions from pad_token_id + 1.
-    offset = config.get("pad_token_id", 1) + 1 if "roberta" in str(config.get("model_type")) else 0
-    return int(positions - offset)
+    family = str(config.get("model_type"))
+    if not any(name in family for name in _PADDED_POSITIONS):
+        return positions
+    padding = _config_number({"pad_token_id": 1, **config}, "pad_token_id", folder, least=0)
+    return positions - padding - 1
 
 
 def _digest(folder: Path) -> str:
-    """Hash small files whole and large ones in 64 evenly spread blocks.
-
-    Training moves every layer, so 4 MiB out of 2.3 GB tell two models apart in milliseconds.
-    """
+    """Hash small files whole and large ones in evenly spread blocks, in milliseconds."""
     digest = hashlib.sha256()
     for file in sorted({*(folder / name for name in SMALL_FILES), *weight_files(folder)}):
         if file.exists():

@@ -1,38 +1,27 @@
 """From a hub id or a folder to a `BGEM3FlagModel` on a device, in a dtype.
 
-The only module that knows the hub, devices and dtypes. Knows no LangChain and runs no text.
+The only module that knows devices and dtypes. Knows no LangChain and runs no text.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from langchain_bge_dense._checkpoint import (
-    POOLING_FILE,
-    SMALL_FILES,
-    Checkpoint,
-    choose_weights,
-    safetensors_keys,
-    weight_files,
-)
+from langchain_bge_dense._checkpoint import TOKENIZERS, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from FlagEmbedding import BGEM3FlagModel
 
-logger = logging.getLogger(__name__)
+    from langchain_bge_dense._checkpoint import Checkpoint
 
 # The hub's library reads it once, at its import.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
-PYTORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 def choose_device(device: str, *, cuda: bool, mps: bool) -> str:
@@ -42,19 +31,10 @@ def choose_device(device: str, *, cuda: bool, mps: bool) -> str:
     'cpu'
     >>> choose_device("cuda:1", cuda=True, mps=False)
     'cuda:1'
-
-    Raises:
-        ValueError: The named kind of device is not on this machine.
     """
     if device == "auto":
         return "cuda" if cuda else "mps" if mps else "cpu"
-    if (device.startswith("cuda") and not cuda) or (device.startswith("mps") and not mps):
-        msg = (
-            f"Device {device!r} was asked for, and PyTorch finds none on this machine. "
-            'Use device="auto" or "cpu", or install a PyTorch build for that device.'
-        )
-        raise ValueError(msg)
-    return device
+    return "cpu" if device.startswith("cpu:") else device
 
 
 def choose_dtype(dtype: str, device: str, backend: str, *, bf16: bool) -> str:
@@ -129,23 +109,49 @@ def choose_backend(backend: str, device: str, *, openvino: bool) -> str:
 
 
 def make_plan(device: str, dtype: str, backend: str) -> Plan:
-    """Resolve every `"auto"` for this machine."""
+    """Resolve every `"auto"` for this machine.
+
+    Raises:
+        ValueError: The device is not on this machine, or cannot run the backend or the dtype.
+        ImportError: OpenVINO was asked for and is not installed.
+    """
     import torch
 
     device = choose_device(
         device, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available()
     )
+    _require_device(device)
     backend = choose_backend(backend, device, openvino=False)
     return Plan(device, choose_dtype(dtype, device, backend, bf16=cpu_has_bf16()), backend)
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+def _require_device(device: str) -> None:
     import torch
 
-    # Without such a unit PyTorch emulates bfloat16, slower than float32.
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, bool)() for check in checks)
+    try:
+        usable = torch.empty(0, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError, ImportError):  # as PyTorch was built
+        usable = False
+    if not usable:
+        msg = (
+            f"PyTorch {torch.__version__} finds no device {device!r} on this machine. "
+            'Use device="auto" or "cpu", or install a PyTorch build for that device.'
+        )
+        raise ValueError(msg)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware, and PyTorch makes use of it.
+
+    Without, PyTorch emulates bfloat16, slower than float32.
+    """
+    import torch
+
+    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch, which knows no Arm
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, check, bool)() for check in checks)
+    units = map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(units) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def find_folder(
@@ -163,7 +169,9 @@ def find_folder(
 
     Raises:
         FileNotFoundError: No such folder, no such model on the hub, or no way to reach it.
-        ValueError: `model` is neither a folder nor a valid hub id.
+        PermissionError: The hub does not give the model to the holder of this token.
+        ConnectionError: The download broke off.
+        ValueError: `model` is not a valid hub id, or a file in the cache leads out of it.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -174,51 +182,19 @@ def find_folder(
             "path, or pass a hub id such as BAAI/bge-m3."
         )
         raise FileNotFoundError(msg)
-    return _download(model, revision, token, cache_folder, local_files_only)
+    from langchain_bge_dense import _hub
+
+    return _hub.download(
+        model,
+        revision=revision,
+        token=token,
+        cache_folder=cache_folder,
+        local_files_only=local_files_only,
+    )
 
 
 def _is_hub_id(model: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII) is not None
-
-
-def _download(
-    model: str, revision: str | None, token: str | None, cache: str | None, local: bool
-) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    def fetch(revision: str | None, patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                token=token,
-                cache_dir=cache,
-                local_files_only=local,
-                allow_patterns=patterns,
-            )
-        )
-
-    try:
-        folder = fetch(revision, [*SMALL_FILES, POOLING_FILE, *SAFETENSORS])
-        if not choose_weights([file.name for file in folder.iterdir()]):
-            folder = fetch(folder.name, list(PYTORCH_WEIGHTS))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(_not_found(model, revision, cache, error)) from error
-    return folder
-
-
-def _not_found(model: str, revision: str | None, cache: str | None, error: Exception) -> str:
-    from huggingface_hub import constants
-
-    at = f" at revision {revision!r}" if revision else ""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"The model {model!r}{at} is neither in the cache {cache or constants.HF_HUB_CACHE} nor to "
-        f"be had from {constants.ENDPOINT} ({reason}). Check the name; pass a local folder as "
-        "`model`; set HF_ENDPOINT to a mirror; or, on a machine with access, run "
-        f'`hf download {model} --exclude "onnx/*" --local-dir FOLDER` and copy FOLDER here.'
-    )
 
 
 def load_flag_model(
@@ -236,19 +212,27 @@ def load_flag_model(
         FlagEmbedding's model, on the device and in the dtype, in evaluation mode.
 
     Raises:
-        ValueError: The weights belong to another architecture.
+        ValueError: A file is damaged or hostile, or the files belong to different models.
     """
     from FlagEmbedding import BGEM3FlagModel
 
+    from langchain_bge_dense._weights import check_vocabulary, check_weights
+
+    folder = checkpoint.folder
+    tokenizer = next(folder / name for name in TOKENIZERS if (folder / name).exists())
     with _quiet_transformers():
-        flag = BGEM3FlagModel(
-            str(checkpoint.folder),
-            use_fp16=dtype == "float16",
-            use_bf16=dtype == "bfloat16",
-            devices=device,
-            pooling_method=pooling,
-        )
-    _check_names(flag.model.model, checkpoint)
+        check_weights(checkpoint)
+        # What is left to go wrong is the tokenizer.
+        with Reading(tokenizer, RuntimeError, ImportError):
+            flag = BGEM3FlagModel(
+                str(folder),
+                use_fp16=dtype == "float16",
+                use_bf16=dtype == "bfloat16",
+                devices=device,
+                pooling_method=pooling,
+            )
+    embeddings = flag.model.model.get_input_embeddings()
+    check_vocabulary(flag.tokenizer, embeddings.num_embeddings, folder)
     flag.model.to(device).eval()
     return flag
 
@@ -285,28 +269,3 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bar:
             transformers_logging.enable_progress_bar()
-
-
-def _check_names(encoder: Any, checkpoint: Checkpoint) -> None:
-    """Refuse weights that transformers would have filled up with random numbers."""
-    needed = {name for name, _ in encoder.named_parameters() if not name.startswith("pooler.")}
-    for name in _tensor_names(checkpoint.folder):
-        parts = name.replace("gamma", "weight").replace("beta", "bias").split(".")
-        needed.difference_update(".".join(parts[start:]) for start in range(len(parts)))
-    if needed:
-        msg = (
-            f"The weights in {weight_files(checkpoint.folder)[0]} lack {len(needed)} tensors that "
-            f"config.json asks for, {min(needed)} among them. They belong to another model: "
-            "download the checkpoint again."
-        )
-        raise ValueError(msg)
-
-
-def _tensor_names(folder: Path) -> Iterator[str]:
-    import torch
-
-    for file in weight_files(folder):
-        if file.suffix == ".safetensors":
-            yield from safetensors_keys(file)
-        else:
-            yield from torch.load(file, map_location="meta", weights_only=True, mmap=True)
