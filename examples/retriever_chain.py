@@ -219,6 +219,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be answered before anything is loaded."""
+    if args.k < 1:
+        msg = f"-k is {args.k}. Ask for at least one passage."
+        raise ValueError(msg)
+    if args.query is not None and not args.query.strip():
+        msg = "The question is empty. Give --query some words, or leave it out for a prompt."
+        raise ValueError(msg)
+
+
 def choose_model(args: argparse.Namespace) -> tuple[str, Path]:
     """Give the checkpoint and the documents to search, which with --small are English only."""
     if not args.small:
@@ -240,18 +250,20 @@ def default_db(model: str) -> Path:
 
 def open_collection(embeddings: BGEM3Embeddings, db: Path, folder: Path) -> Chroma:
     """Open the collection of a folder of documents; each folder has one of its own."""
-    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
-    return open_chroma(embeddings, f"documents-{digest[:12]}", persist_directory=db)
+    name = "documents-" + hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    try:
+        return open_chroma(embeddings, name, persist_directory=db)
+    except EXPECTED as error:
+        msg = f"{db} cannot be used; give another folder with --db. {error}"
+        raise ValueError(msg) from error
 
 
 def run(args: argparse.Namespace) -> None:
     """Index the folder, then answer one question, the built-in ones, or all that are asked."""
-    if args.k < 1:
-        msg = f"-k {args.k}: at least one passage has to be asked for."
-        raise ValueError(msg)
+    check(args)
     chat_model = load_chat_model(args.llm) if args.llm else None
     model, folder = choose_model(args)
-    embeddings = BGEM3Embeddings(model=model)
+    embeddings = BGEM3Embeddings(model=model).load()
     store = open_collection(embeddings, args.db or default_db(model), folder)
     say(index_folder(store, embeddings, folder))
     answer = answerer(scored_retriever(store, args.k), chat_model)

@@ -68,17 +68,22 @@ def _units(text: str, width: int) -> Iterator[str]:
 
 
 def _with_ellipsis(line: str, width: int) -> str:
-    while cells(line) > width - 2:
-        line = line[:-1]
-    return line.rstrip() + " …"
+    units = list(_units(line, width - 2))
+    while units and cells("".join(units)) > width - 2:
+        units.pop()
+    return "".join(units).rstrip() + " …"
+
+
+def columns() -> int:
+    """Give the width to print to: the terminal's, up to what is pleasant to read."""
+    return min(shutil.get_terminal_size((100, 24)).columns, 100)
 
 
 def show_passages(passages: list[Document]) -> None:
     """Print passages with rank, score and place, each cut to three lines of the terminal."""
-    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
     for rank, passage in enumerate(passages, start=1):
         print(f"{rank:2}  {passage.metadata['score']:.2f}  {plain(place(passage))}")
-        for line in wrap(readable(passage), width - 4, lines=3):
+        for line in wrap(readable(passage), columns() - 4, lines=3):
             print(f"    {line}")
     print(flush=True)
 
@@ -109,7 +114,8 @@ def place(passage: Document) -> str:
 
 def say(line: str) -> None:
     """Print a line about what is going on, apart from the results."""
-    print(line, file=sys.stderr, flush=True)
+    lines = wrap(line, columns(), lines=20) if sys.stderr.isatty() else [line]
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def read_line() -> str:

@@ -1,0 +1,336 @@
+"""The main example, run as its user runs it: in a process of its own, and through `main`."""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import retriever_chain
+from hypothesis import given
+from hypothesis import strategies as st
+from langchain_core.documents import Document
+from langchain_core.language_models import FakeListChatModel, SimpleChatModel
+from langchain_core.runnables import RunnableLambda
+from retriever_chain import (
+    HANDBOOK,
+    QUESTIONS,
+    answer_chain,
+    answerer,
+    converse,
+    load_chat_model,
+    main,
+    scored_retriever,
+    split,
+)
+from small_model import default_folder
+from terminal import cells, place, wrap
+
+from langchain_bge_dense.chroma import open_chroma
+
+ENGLISH = HANDBOOK / "en"
+SCRIPT = Path(retriever_chain.__file__)
+ANSWERED_BY = {
+    "Why are my relevance scores negative?": "troubleshooting.csv, row 3",
+    "How long should a passage be?": "chunking.md",
+    "How much disk space do a million vectors need?": "speed-and-memory.pdf, page 3",
+    "Which figure rewards a right answer at the top of the list?": "evaluation.html",
+    "How do I merge the results of keyword search and dense search?": "hybrid-search.txt",
+    "What is a cross-encoder?": "glossary.json#/2",
+    "Can I search English documents with a question in Spanish?": "multilingual.txt",
+    "My process was killed while indexing": "troubleshooting.csv, row 5",
+    "Which heating element fits my kettle?": "workshop-parts.csv, row 3",
+    "Where do old passages go after a document changed?": "vector-stores.md",
+}
+
+
+class Ran(NamedTuple):
+    """What a run of `main` gave."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def first(self):
+        """Place of the best passage."""
+        return re.search(r"^ 1  0\.\d\d  (.*)$", self.out, re.MULTILINE)[1]
+
+
+@pytest.fixture(scope="module")
+def handbook_db(tmp_path_factory):
+    return tmp_path_factory.mktemp("handbook")
+
+
+@pytest.fixture
+def run(small_checkpoint, handbook_db):
+    """Run `main` on the small model; on the English handbook where nothing else is said."""
+
+    def run(*options, documents=ENGLISH, db=handbook_db, model=small_checkpoint):
+        places = ["--model", str(model), "--documents", str(documents), "--db", str(db)]
+        out, err = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main([*places, *map(str, options)])
+        texts = []
+        for stream in (out, err):
+            stream.flush()
+            texts.append(stream.buffer.getvalue().decode())
+        return Ran(status, *texts)
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "bees.md").write_text("Bees make honey from nectar and store it in combs.")
+    (folder / "trains.txt").write_text("Express trains do not stop at small stations.")
+    (folder / "stars.csv").write_text("star,colour\nBetelgeuse,red\nRigel,blue\n")
+    return folder
+
+
+def test_the_demo_answers_its_questions_without_a_terminal(tmp_path, small_checkpoint):
+    ran = subprocess.run(
+        [sys.executable, SCRIPT, "--small", "--db", tmp_path / "db"],
+        env=environment(tmp_path, small_checkpoint),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers = dict(re.findall(r"^> (.*)\n 1  0\.\d\d  (.*)$", ran.stdout, re.MULTILINE))
+    assert answers == {question: ANSWERED_BY[question] for question in QUESTIONS}
+    note, result = told(ran.stderr)
+    assert "the Chinese documents are left out" in note
+    assert re.fullmatch(r".*/documents/en: (\d+) passages, \1 new, 0 removed", result)
+
+
+def told(err):
+    """Lines of standard error but those of the progress bar."""
+    return [line for line in err.splitlines() if line and not line.startswith("Indexing: ")]
+
+
+def environment(tmp_path, small_checkpoint):
+    """Variables for a process whose cache holds the small model already."""
+    cache = tmp_path / "cache"
+    (cache / "langchain-bge-dense").mkdir(parents=True)
+    (cache / "langchain-bge-dense" / default_folder().name).symlink_to(small_checkpoint)
+    root = str(SCRIPT.parent.parent)
+    return {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": root, "COLUMNS": "100"}
+
+
+def test_a_conversation_on_a_terminal(tmp_path, small_checkpoint):
+    with conversation(tmp_path, small_checkpoint) as (process, terminal):
+        read_until(terminal, "> ")
+        os.write(terminal, b"What is a cross-encoder?\n")
+        assert "glossary.json#/2" in read_until(terminal, "\r\n\r\n> ")
+        os.write(terminal, "向量是什么？\n".encode())
+        assert " 1  0." in read_until(terminal, "\r\n\r\n> ")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert read_until(terminal, "").strip() == ""
+
+
+@contextlib.contextmanager
+def conversation(tmp_path, small_checkpoint):
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--small"],
+        env=environment(tmp_path, small_checkpoint),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def read_until(terminal, end):
+    """Read a terminal until it shows `end`; with an empty one, until it is closed."""
+    shown = b""
+    while not (end and shown.decode(errors="ignore").endswith(end)):
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # Linux reports a closed terminal so
+            part = b""
+        if not part:
+            break
+        shown += part
+    return shown.decode()
+
+
+@pytest.mark.parametrize("question", [q for q in ANSWERED_BY if q not in QUESTIONS])
+def test_the_right_passage_comes_first(run, question):
+    ran = run("--query", question)
+    assert ran.status == 0
+    assert ran.first == ANSWERED_BY[question]
+
+
+def test_a_second_run_embeds_nothing(run, folder, tmp_path):
+    first = run("--query", "bees", documents=folder, db=tmp_path / "db")
+    again = run("--query", "bees", documents=folder, db=tmp_path / "db")
+    assert first.err.endswith(f"{folder}: 4 passages, 4 new, 0 removed\n")
+    assert again.err.endswith(f"{folder}: 4 passages, 0 new, 0 removed\n")
+    assert first.out == again.out
+
+
+def test_changed_and_deleted_files(run, folder, tmp_path):
+    run("--query", "bees", documents=folder, db=tmp_path / "db")
+    (folder / "bees.md").write_text("Bees sting when their hive is in danger.")
+    (folder / "stars.csv").unlink()
+    ran = run("--query", "honey", "-k", 9, documents=folder, db=tmp_path / "db")
+    assert ran.err.endswith("2 passages, 1 new, 3 removed\n")
+    assert "honey from" not in ran.out
+    assert "hive is in danger" in ran.out
+
+
+def test_an_unreadable_file_is_reported_and_its_passages_stay(run, folder, tmp_path, caplog):
+    run("--query", "bees", documents=folder, db=tmp_path / "db")
+    (folder / "stars.csv").write_bytes(b"\xff\xfe")
+    ran = run("--query", "Which star is red?", documents=folder, db=tmp_path / "db")
+    assert "stars.csv cannot be read: it is not UTF-8" in caplog.text
+    assert ran.status == 0
+    assert ran.first == "stars.csv, row 1"
+
+
+def test_two_folders_in_one_database_keep_apart(run, folder, tmp_path):
+    run("--query", "bees", documents=folder, db=tmp_path / "db")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    assert "4 new, 0 removed" in run("--query", "x", documents=other, db=tmp_path / "db").err
+    assert "0 new, 0 removed" in run("--query", "x", documents=folder, db=tmp_path / "db").err
+
+
+def test_k_is_the_number_of_passages(run):
+    ran = run("--query", "What is recall?", "-k", 2)
+    assert re.findall(r"^ (\d)  ", ran.out, re.MULTILINE) == ["1", "2"]
+
+
+def test_errors_are_one_line(run, folder, tmp_path, handbook_db, tiny_checkpoint):
+    (tmp_path / "file").write_text("")
+    run("--query", "x")
+    for message, options, places in [
+        ("-k is 0. ", ["-k", 0], {}),
+        ("The question is empty", ["--query", " "], {}),
+        ("There is no folder", [], {"documents": tmp_path / "missing"}),
+        ("There is no model folder", [], {"model": tmp_path / "missing"}),
+        (f"{handbook_db} cannot be used; give another", [], {"model": tiny_checkpoint}),
+        (f"{tmp_path}/file cannot be used", [], {"documents": folder, "db": tmp_path / "file"}),
+        ("--llm nonsense: ValueError: Unable to infer", ["--llm", "nonsense"], {}),
+    ]:
+        ran = run("--query", "x", *options, **places)
+        assert ran.status == 2
+        assert ran.out == ""
+        [line] = told(ran.err)
+        assert line.startswith(f"Error: {message}")
+
+
+class Echo(SimpleChatModel):
+    """A chat model that answers with what it was asked."""
+
+    @property
+    def _llm_type(self):
+        return "echo"
+
+    def _call(self, messages, stop=None, run_manager=None, **kwargs):
+        return "\n".join(message.content for message in messages)
+
+
+PASSAGES = [
+    Document("one", metadata={"source": "a.pdf", "page": 2, "score": 0.5}),
+    Document("two", metadata={"source": "b.csv", "row": 7, "score": 0.4}),
+]
+RETRIEVER = RunnableLambda(lambda _: PASSAGES)
+
+
+def test_the_chat_model_gets_numbered_passages_and_the_question():
+    result = answer_chain(RETRIEVER, Echo()).invoke("why?")
+    assert "Answer from the numbered passages" in result["answer"]
+    assert (
+        "[1] (a.pdf, page 2)\none\n\n[2] (b.csv, row 7)\ntwo\n\nQuestion: why?" in result["answer"]
+    )
+    assert result["passages"] == PASSAGES
+
+
+def test_braces_in_a_passage_are_text():
+    retriever = RunnableLambda(lambda _: [Document("{x} {", metadata={"source": "a"})])
+    assert "{x} {" in answer_chain(retriever, Echo()).invoke("{y}")["answer"]
+
+
+def test_an_answer_is_shown_with_its_sources(capsys):
+    model = FakeListChatModel(responses=["Because of l2 [1].\x1b[31m"])
+    answerer(RETRIEVER, model)("why?")
+    assert capsys.readouterr().out == (
+        "Because of l2 [1].[31m\n\n[1] 0.50  a.pdf, page 2\n[2] 0.40  b.csv, row 7\n\n"
+    )
+
+
+def test_an_error_of_the_chat_model_does_not_end_the_conversation(monkeypatch, capsys):
+    def fail(_):
+        raise LookupError
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    converse(answerer(RETRIEVER, RunnableLambda(fail)))
+    assert capsys.readouterr().err == "Error: No answer: LookupError: LookupError\n" * 2
+
+
+def test_a_missing_provider_is_named():
+    with pytest.raises(ValueError, match="langchain-openai"):
+        load_chat_model("openai:gpt-4o")
+
+
+def test_scores_are_cosines(small):
+    store = open_chroma(small)
+    store.add_texts(["a cat", "a train"])
+    best, other = scored_retriever(store, 2).invoke("a cat")
+    assert best.metadata["score"] == pytest.approx(1, abs=1e-5)
+    assert 0 <= other.metadata["score"] < 0.9
+
+
+def test_passages_fit_the_budget_and_end_at_sentences(small):
+    text = "向量检索很有用。它按意思找文字！真的吗？是的；" * 60
+    passages = list(split([Document(text, metadata={"source": "a.md", "page": 3})], small))
+    assert all(100 < small.count_tokens(p.page_content) <= 150 for p in passages[:-1])
+    assert all(p.page_content[-1] in "。！？；" for p in passages)
+    assert all(p.metadata == {"source": "a.md", "page": 3} for p in passages)
+
+
+def test_a_passage_begins_with_its_heading(small):
+    text = "\n\n".join(f"## Part {n}\n\n{'Words about it. ' * 25}" for n in range(4))
+    passages = list(split([Document(text)], small))
+    assert [p.page_content[:9] for p in passages] == [f"## Part {n}" for n in range(4)]
+
+
+def test_place():
+    document = Document("", metadata={"source": "a.json", "pointer": "/3"})
+    assert place(document) == "a.json#/3"
+
+
+WORDS = st.text(st.sampled_from("ab ，。向量é\u0301\x1b\n"), max_size=80)
+
+
+@given(WORDS, st.integers(4, 30), st.integers(1, 4))
+def test_wrapped_text_fits(text, width, lines):
+    wrapped = wrap(text, width, lines)
+    assert len(wrapped) <= lines
+    assert all(cells(line) <= width for line in wrapped)
+    whole = "".join(text.replace("\x1b", " ").split())
+    shown = "".join("".join(wrapped).split())
+    assert whole == shown or (shown.endswith("…") and whole.startswith(shown[:-1]))
+
+
+def test_wide_characters_take_two_cells():
+    assert wrap("语义检索，很好。", 8, 3) == ["语义检", "索，很", "好。"]
+    assert wrap("one two three", 8, 1) == ["one …"]
