@@ -147,3 +147,26 @@ def reciprocal_rank_fusion(
         places = np.asarray(ranking, np.int64)
         fused[places] += 1 / (constant + np.arange(1, len(places) + 1))
     return fused
+
+
+def checked_weights(weights: object) -> tuple[float, ...]:
+    """Three weights, of the dense, lexical and ColBERT score, that can be used for a mean.
+
+    Raises:
+        ValueError: They are not three numbers, one is negative or not finite, or all are zero.
+
+    Example:
+        >>> checked_weights([1, 0.5, 0])
+        (1.0, 0.5, 0.0)
+    """
+    try:
+        numbers = tuple(float(weight) for weight in weights)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(0 <= n < np.inf for n in numbers) or not any(numbers):  # noqa: PLR2004
+        msg = (
+            f"The weights are {weights!r}. Use three numbers of 0 or more for the dense, lexical "
+            "and ColBERT score, not all 0: (0.4, 0.2, 0.4) for example."
+        )
+        raise ValueError(msg)
+    return numbers

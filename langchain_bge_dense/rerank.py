@@ -1,0 +1,119 @@
+"""`BGEM3Reranker`: documents by the weighted dense, lexical and ColBERT scores of BGE-M3.
+
+Knows no vector store: it takes documents from wherever they come.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from langchain_core.documents.compressor import BaseDocumentCompressor
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from langchain_bge_dense._scoring import (
+    checked_weights,
+    dense_scores,
+    lexical_scores,
+    maxsim_scores,
+    pack,
+    weighted_mean,
+)
+from langchain_bge_dense.embeddings import BGEM3Embeddings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from langchain_core.callbacks import Callbacks
+    from langchain_core.documents import Document
+    from numpy.typing import NDArray
+
+    from langchain_bge_dense._encoding import M3Encoding
+
+SIGNALS = ("dense", "lexical", "colbert")
+Weights = Annotated[tuple[float, float, float], BeforeValidator(checked_weights)]
+
+
+class BGEM3Reranker(BaseDocumentCompressor):
+    """Order documents by what all three outputs of BGE-M3 say about a query.
+
+    The score is `BGEM3FlagModel.compute_score`'s: the mean of the three, weighted. Query and
+    documents are each encoded once; a signal with weight 0 is not computed.
+
+    Example:
+        >>> from langchain_bge_dense import BGEM3Embeddings, BGEM3Reranker
+        >>> from langchain_core.documents import Document
+        >>> reranker = BGEM3Reranker(embeddings=BGEM3Embeddings(model=checkpoint), top_n=1)
+        >>> documents = [Document("equal rights"), Document("a brown fox")]
+        >>> [best] = reranker.compress_documents(documents, "equal rights")
+        >>> best.page_content, sorted(best.metadata)
+        ('equal rights', ['colbert_score', 'dense_score', 'lexical_score', 'relevance_score'])
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    embeddings: BGEM3Embeddings
+    """The model."""
+    top_n: int | None = Field(None, ge=1)
+    """How many documents to keep; None: all."""
+    weights: Weights = (0.4, 0.2, 0.4)
+    """Of the dense, lexical and ColBERT score; the default is that of BAAI's own example."""
+
+    def compress_documents(
+        self,
+        documents: Sequence[Document],
+        query: str,
+        callbacks: Callbacks | None = None,  # noqa: ARG002 - LangChain's signature
+    ) -> list[Document]:
+        """Order documents by their score, the best first.
+
+        Args:
+            documents: N candidates; they are not changed.
+            query: What they are held against.
+            callbacks: Not used.
+
+        Returns:
+            The best `top_n` as copies, with `relevance_score` and the score of each signal in
+            their metadata.
+
+        Raises:
+            ValueError: A lexical or ColBERT weight is above 0 and the checkpoint is dense only.
+        """
+        if not documents:
+            return []
+        scores = self._scores(query, [document.page_content for document in documents])
+        order = np.argsort(-scores["relevance_score"], kind="stable")[: self.top_n]  # (top_n,)
+        return [
+            documents[index].model_copy(
+                update={
+                    "metadata": {
+                        **documents[index].metadata,
+                        **{name: float(values[index]) for name, values in scores.items()},
+                    }
+                }
+            )
+            for index in order.tolist()
+        ]
+
+    def _scores(self, query: str, passages: list[str]) -> dict[str, NDArray[np.float32]]:
+        """Scores by name, each `(N,)`."""
+        used = {name: w for name, w in zip(SIGNALS, self.weights, strict=True) if w > 0}
+        wanted: Any = {name: name in used for name in SIGNALS}
+        instruction = self.embeddings.query_instruction
+        asked = self.embeddings.encode([query], instruction=instruction, **wanted)
+        parts = signal_scores(asked, self.embeddings.encode(passages, **wanted))
+        relevance = weighted_mean([parts[name] for name in used], list(used.values()))  # (N,)
+        named = {f"{name}_score": values for name, values in parts.items()}
+        return {"relevance_score": relevance, **named}
+
+
+def signal_scores(query: M3Encoding, passages: M3Encoding) -> dict[str, NDArray[np.float32]]:
+    """The score of each signal that both have, `(N,)`; the query is one text, the passages N."""
+    scores = {}
+    if query.dense is not None and passages.dense is not None:
+        scores["dense"] = dense_scores(query.dense[0], passages.dense)
+    if query.lexical is not None and passages.lexical is not None:
+        scores["lexical"] = lexical_scores(query.lexical[0], pack(passages.lexical))
+    if query.colbert is not None and passages.colbert is not None:
+        scores["colbert"] = maxsim_scores(query.colbert[0], passages.colbert)
+    return scores
