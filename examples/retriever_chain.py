@@ -25,7 +25,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough, chain
 from langchain_text_splitters import RecursiveCharacterTextSplitter
-from terminal import place, plain, read_line, say, show_answer, show_passages
+from terminal import complain, place, read_line, say, show_answer, show_passages
 
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense.chroma import index_documents, open_chroma
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     from langchain_chroma import Chroma
     from langchain_core.language_models import BaseChatModel
-
-logger = logging.getLogger(__name__)
 
 HANDBOOK = Path(__file__).parent / "documents"
 QUESTIONS = (
@@ -168,7 +166,9 @@ def load_chat_model(name: str) -> BaseChatModel:
     except ImportError as error:
         msg = "--llm needs LangChain itself: pip install langchain"
         raise ValueError(msg) from error
-    return attempt(RunnableLambda(init_chat_model), name, f"--llm {name}")
+    # In a list, because LangChain runs a model that a step returns bare.
+    step = RunnableLambda(lambda name: [init_chat_model(name)])
+    return attempt(step, name, f"--llm {name}")[0]
 
 
 def answerer(
@@ -198,12 +198,6 @@ def answer_or_complain(answer: Callable[[str], None], question: str) -> None:
         complain(error)
 
 
-def complain(error: BaseException) -> None:
-    """Say what went wrong in one line; --log-level debug adds where."""
-    logger.debug("Where it happened:", exc_info=error)
-    say(f"Error: {plain(str(error))}")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Ask questions of a folder of documents.")
@@ -211,7 +205,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     model.add_argument("--model", default="BAAI/bge-m3", help="hub id or folder of a checkpoint")
     model.add_argument("--small", action="store_true", help="a small model, English only")
     parser.add_argument("--documents", type=Path, help="folder to search (default: the handbook)")
-    parser.add_argument("--db", type=Path, help="folder of the database (default: below .cache)")
+    parser.add_argument("--db", type=Path, help="folder of the database (default: in the cache)")
     parser.add_argument("-k", type=int, default=4, help="passages per question (default: 4)")
     parser.add_argument("--query", help="one question (default: a prompt)")
     parser.add_argument("--llm", metavar="PROVIDER:MODEL", help="chat model that words an answer")
@@ -232,20 +226,23 @@ def check(args: argparse.Namespace) -> None:
 def choose_model(args: argparse.Namespace) -> tuple[str, Path]:
     """Give the checkpoint and the documents to search, which with --small are English only."""
     if not args.small:
+        say(f"Loading {args.model}.")
         return args.model, args.documents or HANDBOOK
     from small_model import build
 
+    others = "may be missed" if args.documents else "(the Chinese ones) are left out"
     say(
-        "A small English model: it does not understand Chinese, so the Chinese documents are left "
-        "out. The same command without --small takes BAAI/bge-m3 (2.3 GB), which does."
+        f"A small model that understands English alone: documents in other languages {others}. "
+        "The same command without --small takes BAAI/bge-m3 (2.3 GB), which reads them all."
     )
     return str(build()), args.documents or HANDBOOK / "en"
 
 
-def default_db(model: str) -> Path:
+def default_db(embeddings: BGEM3Embeddings) -> Path:
     """Give a folder of the model's own in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "langchain-bge-dense" / "retriever_chain" / re.sub(r"\W+", "-", model).strip("-")
+    name = re.sub(r"[^\w.]+", "-", embeddings.fingerprint)
+    return cache / "langchain-bge-dense" / "retriever_chain" / name
 
 
 def open_collection(embeddings: BGEM3Embeddings, db: Path, folder: Path) -> Chroma:
@@ -264,7 +261,7 @@ def run(args: argparse.Namespace) -> None:
     chat_model = load_chat_model(args.llm) if args.llm else None
     model, folder = choose_model(args)
     embeddings = BGEM3Embeddings(model=model).load()
-    store = open_collection(embeddings, args.db or default_db(model), folder)
+    store = open_collection(embeddings, args.db or default_db(embeddings), folder)
     say(index_folder(store, embeddings, folder))
     answer = answerer(scored_retriever(store, args.k), chat_model)
     if args.query is None and sys.stdin.isatty():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import sys
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from langchain_core.documents import Document
+
+logger = logging.getLogger(__name__)
 
 _CJK = r"\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 _CLOSING = "，。！？；：、”’）》」』】"
@@ -116,6 +119,12 @@ def say(line: str) -> None:
     """Print a line about what is going on, apart from the results."""
     lines = wrap(line, columns(), lines=20) if sys.stderr.isatty() else [line]
     print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def complain(error: BaseException) -> None:
+    """Say what went wrong in one line; --log-level debug adds where."""
+    logger.debug("Where it happened:", exc_info=error)
+    say(f"Error: {plain(str(error))}")
 
 
 def read_line() -> str:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -108,13 +109,13 @@ def test_the_demo_answers_its_questions_without_a_terminal(tmp_path, small_check
     answers = dict(re.findall(r"^> (.*)\n 1  0\.\d\d  (.*)$", ran.stdout, re.MULTILINE))
     assert answers == {question: ANSWERED_BY[question] for question in QUESTIONS}
     note, result = told(ran.stderr)
-    assert "the Chinese documents are left out" in note
+    assert "documents in other languages (the Chinese ones) are left out" in note
     assert re.fullmatch(r".*/documents/en: (\d+) passages, \1 new, 0 removed", result)
 
 
 def told(err):
-    """Lines of standard error but those of the progress bar."""
-    return [line for line in err.splitlines() if line and not line.startswith("Indexing: ")]
+    """Lines of standard error but those on progress."""
+    return [line for line in err.splitlines() if not re.match(r"Indexing: |Loading |$", line)]
 
 
 def environment(tmp_path, small_checkpoint):
@@ -136,6 +137,7 @@ def test_a_conversation_on_a_terminal(tmp_path, small_checkpoint):
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert read_until(terminal, "").strip() == ""
+    assert (tmp_path / "cache" / "langchain-bge-dense" / "retriever_chain").is_dir()
 
 
 @contextlib.contextmanager
@@ -284,6 +286,21 @@ def test_an_error_of_the_chat_model_does_not_end_the_conversation(monkeypatch, c
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     converse(answerer(RETRIEVER, RunnableLambda(fail)))
     assert capsys.readouterr().err == "Error: No answer: LookupError: LookupError\n" * 2
+
+
+def test_the_command_line_loads_a_chat_model_and_shows_its_answer(run, monkeypatch):
+    class ChatOllama(Echo):
+        model: str
+
+        @property
+        def _llm_type(self):
+            return self.model
+
+    monkeypatch.setitem(sys.modules, "langchain_ollama", SimpleNamespace(ChatOllama=ChatOllama))
+    assert load_chat_model("ollama:llama3.1")._llm_type == "llama3.1"
+    ran = run("--query", "What is a cross-encoder?", "-k", 2, "--llm", "ollama:llama3.1")
+    assert "Question: What is a cross-encoder?" in ran.out
+    assert re.search(r"^\[1\] 0\.\d\d  glossary\.json#/2$", ran.out, re.MULTILINE)
 
 
 def test_a_missing_provider_is_named():
