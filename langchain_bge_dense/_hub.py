@@ -5,6 +5,7 @@ Knows nothing of what is in the files.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ PYTORCH_WEIGHTS = (
 )
 
 _BAR_AFTER_SECONDS = 1
+
+# For a caller who imported the hub's library before this package set the variable.
+if os.environ.get("HF_HUB_DISABLE_TELEMETRY") == "1":
+    constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 def download(

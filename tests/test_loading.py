@@ -1,0 +1,492 @@
+"""From an id or a folder to the files, over a real hub on loopback, and to a device and a dtype.
+
+The hub's library reads its environment at import, so the client runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hub_server import Hub, Request, read_folder
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+from langchain_bge_dense import BGEM3Embeddings
+from langchain_bge_dense._loading import (
+    choose_backend,
+    choose_device,
+    choose_dtype,
+    cpu_has_bf16,
+    find_folder,
+    make_plan,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[1]
+NEEDED = {
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "colbert_linear.pt",
+    "sparse_linear.pt",
+    "1_Pooling/config.json",
+}
+SAFE, PICKLED = "org/both-formats", "org/only-pickled"
+
+CLIENT = """
+import json, sys
+from langchain_bge_dense._loading import find_folder
+for line in sys.stdin:
+    try:
+        answer = {"folder": str(find_folder(**json.loads(line)))}
+    except Exception as error:
+        kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
+        answer = {"error": kinds[0], "exact": type(error).__name__ == kinds[0], "text": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Client:
+    """A process that finds folders as it is told."""
+
+    def __init__(self, hub: Hub, home: Path, **environment: str) -> None:
+        self._log = (home / "client.log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=_environment(hub, home) | environment,
+            text=True,
+        )
+
+    def find(self, model: str, cache: Path, **settings: Any) -> dict[str, Any]:
+        request = {"model": model, "cache_folder": str(cache), **settings}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def folder(self, model: str, cache: Path, **settings: Any) -> Path:
+        answer = self.find(model, cache, **settings)
+        assert "folder" in answer, answer
+        return Path(answer["folder"])
+
+    def error(self, model: str, cache: Path, **settings: Any) -> tuple[str, str]:
+        answer = self.find(model, cache, **settings)
+        assert "error" in answer, answer
+        assert answer["exact"], answer
+        return answer["error"], answer["text"]
+
+    @property
+    def printed(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def close(self) -> None:
+        with self._process, self._log:
+            pass
+
+
+def _environment(hub: Hub, home: Path) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    return inherited | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def files(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The tiny checkpoint in the hub's layout, with all that nobody here needs."""
+    pickled = tmp_path_factory.mktemp("pickled") / "pytorch_model.bin"
+    torch.save(load_file(tiny_checkpoint / "model.safetensors"), pickled)
+    beside = ("README.md", "imgs/bge.jpg", "onnx/model.onnx", "onnx/model.onnx_data", "long.jpg")
+    others = dict.fromkeys((*beside, ".gitattributes", "flax_model.msgpack"), b"not needed")
+    others |= {
+        "onnx/tokenizer.json": b"{}",
+        "model.fp16.safetensors": b"",
+        "training_args.bin": b"",
+    }
+    return read_folder(tiny_checkpoint) | others | {"pytorch_model.bin": pickled.read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def served(files: dict[str, bytes]) -> Iterator[Hub]:
+    with Hub() as hub:
+        hub.publish(SAFE, files | {"README.md": b"before"}, ref="v1")
+        hub.publish(SAFE, files)
+        hub.publish(PICKLED, _without(files, "model.safetensors"))
+        hub.publish("org/private", files, private=True)
+        hub.publish("org/gated", files, gated=True)
+        yield hub
+
+
+@pytest.fixture
+def hub(served: Hub) -> Iterator[Hub]:
+    served.requests.clear()
+    yield served
+    served.status = 0
+    served.faults.clear()
+
+
+@pytest.fixture(scope="module")
+def client(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    client = Client(served, tmp_path_factory.mktemp("home"))
+    yield client
+    client.close()
+
+
+def _without(files: dict[str, bytes], *names: str) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if name not in names}
+
+
+class TestDownload:
+    def test_fetches_what_is_needed_and_nothing_else(
+        self, hub: Hub, client: Client, tmp_path: Path, files: dict[str, bytes]
+    ) -> None:
+        folder = client.folder(SAFE, tmp_path)
+        assert hub.files == NEEDED | {"model.safetensors"}
+        assert read_folder(folder) == {name: files[name] for name in hub.files}
+        assert folder.is_relative_to(tmp_path)
+        asked = {re.sub(r"[0-9a-f]{40}|\?.*", "", path) for _, path, *_ in hub.requests}
+        resolved = {f"/{SAFE}/resolve//{name}" for name in hub.files}
+        listing = {f"/api/models/{SAFE}/revision/main", f"/api/models/{SAFE}/tree/"}
+        sent = {path for path in asked if path.startswith("/cdn/")}
+        assert asked == resolved | listing | sent
+
+    def test_takes_pickled_weights_where_there_are_no_others(
+        self, hub: Hub, client: Client, tmp_path: Path
+    ) -> None:
+        folder = client.folder(PICKLED, tmp_path)
+        assert hub.files == NEEDED | {"pytorch_model.bin"}
+        assert (folder / "pytorch_model.bin").exists()
+
+    def test_takes_all_shards(
+        self, hub: Hub, client: Client, tmp_path: Path, files: dict[str, bytes]
+    ) -> None:
+        shards = {f"model-0000{n}-of-00002.safetensors": b"%d" % n for n in (1, 2)}
+        shards["model.safetensors.index.json"] = b"{}"
+        hub.publish("org/sharded", _without(files, "model.safetensors") | shards)
+        client.folder("org/sharded", tmp_path)
+        assert hub.files == NEEDED | set(shards)
+
+    @pytest.mark.parametrize("name", [SAFE, PICKLED])
+    def test_asks_once_when_all_is_cached_and_never_for_a_commit(
+        self, hub: Hub, client: Client, tmp_path: Path, name: str
+    ) -> None:
+        folder = client.folder(name, tmp_path)
+        hub.requests.clear()
+        assert client.folder(name, tmp_path) == folder
+        assert hub.requests == [Request("GET", f"/api/models/{name}/revision/main", None, None)]
+        hub.requests.clear()
+        assert client.folder(name, tmp_path, revision=folder.name) == folder
+        assert client.folder(name, tmp_path, local_files_only=True) == folder
+        assert not hub.requests
+
+    def test_shows_no_bar_for_what_takes_no_time(
+        self, hub: Hub, client: Client, tmp_path: Path
+    ) -> None:
+        before = client.printed
+        client.folder(SAFE, tmp_path)
+        assert client.printed == before
+
+    def test_takes_the_revision_that_it_is_told(
+        self, hub: Hub, client: Client, tmp_path: Path
+    ) -> None:
+        refs = hub.repositories[SAFE].refs
+        assert refs["v1"] != refs["main"]
+        assert client.folder(SAFE, tmp_path, revision="v1").name == refs["v1"]
+        assert client.folder(SAFE, tmp_path).name == refs["main"]
+        assert client.folder(SAFE, tmp_path, revision=refs["v1"]).name == refs["v1"]
+
+    def test_follows_a_branch_that_moves(
+        self, hub: Hub, client: Client, tmp_path: Path, files: dict[str, bytes]
+    ) -> None:
+        hub.publish("org/moving", files)
+        old = client.folder("org/moving", tmp_path)
+        hub.publish("org/moving", files | {"config.json": b"{}"})
+        hub.requests.clear()
+        new = client.folder("org/moving", tmp_path)
+        assert (new / "config.json").read_bytes() == b"{}" != (old / "config.json").read_bytes()
+        assert hub.files == {"config.json"}
+
+
+class TestAccess:
+    def test_a_private_model_needs_the_token(
+        self, hub: Hub, client: Client, tmp_path: Path
+    ) -> None:
+        kind, text = client.error("org/private", tmp_path)
+        assert kind == "FileNotFoundError"
+        assert "'org/private'" in text
+        assert "`token`" in text
+        assert client.error("org/private", tmp_path, token="hf_wrong")[0] == kind  # noqa: S106
+        hub.requests.clear()
+        assert client.folder("org/private", tmp_path, token=hub.token)
+        tokens = {path.startswith("/cdn/"): token for _, path, token, _ in hub.requests}
+        assert tokens == {False: hub.token, True: None}
+
+    @pytest.mark.parametrize("token", [None, "hf_wrong"])
+    def test_a_gated_model_is_refused_in_so_many_words(
+        self, hub: Hub, client: Client, tmp_path: Path, token: str | None
+    ) -> None:
+        kind, text = client.error("org/gated", tmp_path, token=token)
+        assert kind == "PermissionError"
+        assert "'org/gated'" in text
+        assert "Ask for access" in text
+
+    def test_an_error_never_shows_the_token(self, hub: Hub, client: Client, tmp_path: Path) -> None:
+        hub.status = 403
+        kind, text = client.error(SAFE, tmp_path, token=hub.token)
+        assert kind == "FileNotFoundError"
+        assert hub.token not in text
+
+
+class TestWithoutTheHub:
+    def test_the_cache_is_enough(self, hub: Hub, client: Client, tmp_path: Path) -> None:
+        folder = client.folder(PICKLED, tmp_path)
+        hub.stop()
+        try:
+            assert client.folder(PICKLED, tmp_path) == folder
+        finally:
+            hub.start()
+        hub.status = 500
+        assert client.folder(PICKLED, tmp_path) == folder
+
+    def test_the_environment_variable_for_it_works(
+        self, hub: Hub, client: Client, tmp_path: Path
+    ) -> None:
+        folder = client.folder(SAFE, tmp_path)
+        hub.requests.clear()
+        offline = Client(hub, tmp_path, HF_HUB_OFFLINE="1")
+        assert offline.folder(SAFE, tmp_path) == folder
+        assert offline.error(PICKLED, tmp_path)[0] == "FileNotFoundError"
+        offline.close()
+        assert not hub.requests
+
+    @pytest.mark.parametrize("state", ["stopped", "broken", "forbidden"])
+    def test_nothing_cached_says_what_was_looked_for_where_and_the_ways_out(
+        self, hub: Hub, client: Client, tmp_path: Path, state: str
+    ) -> None:
+        if state == "stopped":
+            hub.stop()
+        hub.status = 500 if state == "broken" else 0
+        try:
+            kind, text = client.error(SAFE, tmp_path, local_files_only=state == "forbidden")
+        finally:
+            if state == "stopped":
+                hub.start()
+        assert kind == "FileNotFoundError"
+        for part in (repr(SAFE), str(tmp_path), hub.url, "HF_ENDPOINT", f"hf download {SAFE}"):
+            assert part in text
+        assert {"stopped": "refused", "broken": "500", "forbidden": "disabled"}[state] in text
+
+    @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
+    def test_a_hole_in_the_cache_is_named(
+        self, hub: Hub, client: Client, tmp_path: Path, missing: str
+    ) -> None:
+        (client.folder(SAFE, tmp_path) / missing).unlink()
+        kind, text = client.error(SAFE, tmp_path, local_files_only=True)
+        assert kind == "FileNotFoundError"
+        assert missing in text
+        assert (client.folder(SAFE, tmp_path) / missing).exists()
+
+
+class TestMistakes:
+    def test_a_misspelt_model(self, hub: Hub, client: Client, tmp_path: Path) -> None:
+        kind, text = client.error("org/both-fromats", tmp_path)
+        assert kind == "FileNotFoundError"
+        assert "'org/both-fromats'" in text
+        assert "no such model" in text
+
+    def test_a_misspelt_revision(self, hub: Hub, client: Client, tmp_path: Path) -> None:
+        kind, text = client.error(SAFE, tmp_path, revision="v2")
+        assert kind == "FileNotFoundError"
+        assert f"{SAFE!r} at revision 'v2'" in text
+        assert "no such revision" in text
+
+    def test_a_file_that_the_hub_lists_outside_of_the_folder_stays_away(
+        self, hub: Hub, client: Client, tmp_path: Path, files: dict[str, bytes]
+    ) -> None:
+        hub.publish("org/outside", files | {"../../config.json": b"{}", "/config.json": b"{}"})
+        client.folder("org/outside", tmp_path)
+        assert hub.files == NEEDED | {"model.safetensors"}
+
+    @pytest.mark.parametrize("model", ["./nowhere", "/no/where", "~/nowhere", "a/b/c", "a b"])
+    def test_a_path_that_leads_nowhere_is_not_asked_of_the_hub(self, model: str) -> None:
+        with pytest.raises(FileNotFoundError, match=re.escape(repr(model))):
+            find_folder(model)
+
+
+class TestBrokenDownload:
+    def test_is_taken_up_where_it_ended(
+        self, hub: Hub, client: Client, tmp_path: Path, files: dict[str, bytes]
+    ) -> None:
+        chunk = 10 << 20  # the hub's library writes so much at a time
+        weights = os.urandom(chunk + 1000)
+        hub.publish("org/large", files | {"model.safetensors": weights})
+        hub.faults["model.safetensors"] = chunk + 10
+        folder = client.folder("org/large", tmp_path)
+        assert (folder / "model.safetensors").read_bytes() == weights
+        assert [r.span for r in hub.requests if r.span] == [f"bytes={chunk}-"]
+
+    def test_is_an_error_and_what_is_complete_stays(
+        self, hub: Hub, client: Client, tmp_path: Path
+    ) -> None:
+        hub.faults["model.safetensors"] = -1000
+        kind, text = client.error(SAFE, tmp_path)
+        assert kind == "ConnectionError"
+        assert repr(SAFE) in text
+        assert "Try again" in text
+        hub.requests.clear()
+        client.folder(SAFE, tmp_path)
+        assert "model.safetensors" in hub.files
+        assert "config.json" not in hub.files
+
+
+LOAD = """
+import json, sys
+from pathlib import Path
+import huggingface_hub  # before this package could have its telemetry off
+from langchain_bge_dense import BGEM3Embeddings
+folder, settings, text = json.loads(sys.argv[1])
+vectors = [BGEM3Embeddings(**settings, model=folder).embed_query(text)]
+embeddings = BGEM3Embeddings(**settings, model="org/secret")
+vectors.append(embeddings.embed_query(text))
+Path(sys.argv[2]).write_text(json.dumps([vectors, repr(embeddings)]))
+"""
+
+
+def test_loading_says_nothing_and_asks_the_hub_for_nothing_else(
+    hub: Hub, files: dict[str, bytes], tmp_path: Path, tiny: BGEM3Embeddings
+) -> None:
+    hub.publish("org/secret", _without(files, "model.safetensors"), private=True)
+    settings = {"token": hub.token, "cache_folder": str(tmp_path / "cache")}
+    settings |= {"device": "cpu", "dtype": "float32", "backend": "torch"}
+    result = tmp_path / "result.json"
+    request = json.dumps([tiny.model, settings, "a dense vector"])
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", LOAD, request, str(result)],
+        env=_environment(hub, tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    vectors, shown = json.loads(result.read_text())
+    for vector in vectors:
+        assert vector == pytest.approx(tiny.embed_query("a dense vector"), abs=1e-6)
+    assert hub.token not in shown
+    assert hub.files == NEEDED | {"pytorch_model.bin"}
+    assert not [r for r in hub.requests if not re.match("/cdn/|(/api/models)?/org/secret/", r.path)]
+    assert len([r for r in hub.requests if r.path.endswith("/revision/main")]) == 1
+
+
+def test_loading_gives_transformers_its_voice_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    state = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    BGEM3Embeddings(model=tiny_checkpoint, device="cpu", pooling="mean").load()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == state
+    broken = shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        BGEM3Embeddings(model=broken, device="cpu").load()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == state
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda", "mps", "chosen"),
+    [
+        ("auto", False, False, "cpu"),
+        ("auto", True, False, "cuda"),
+        ("auto", False, True, "mps"),
+        ("auto", True, True, "cuda"),
+        ("cpu", True, True, "cpu"),
+        ("cpu:0", True, False, "cpu"),
+        ("cuda:1", True, False, "cuda:1"),
+        ("mps", False, True, "mps"),
+        ("xpu", False, False, "xpu"),
+    ],
+)
+def test_device(device: str, cuda: bool, mps: bool, chosen: str) -> None:
+    assert choose_device(device, cuda=cuda, mps=mps) == chosen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "backend", "bf16", "chosen"),
+    [
+        ("auto", "cpu", "torch", True, "bfloat16"),
+        ("auto", "cpu", "torch", False, "float32"),
+        ("auto", "cpu", "openvino", True, "bfloat16"),
+        ("auto", "cpu", "openvino", False, "float32"),
+        ("auto", "cuda", "torch", False, "float16"),
+        ("auto", "cuda:1", "torch", True, "float16"),
+        ("auto", "mps", "torch", False, "float16"),
+        ("int8", "cpu", "openvino", False, "int8"),
+        ("bfloat16", "cpu", "torch", False, "bfloat16"),
+        ("float16", "cpu", "torch", False, "float16"),
+        ("float32", "cuda", "torch", True, "float32"),
+    ],
+)
+def test_dtype(dtype: str, device: str, backend: str, bf16: bool, chosen: str) -> None:
+    assert choose_dtype(dtype, device, backend, bf16=bf16) == chosen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "backend"),
+    [("int8", "cpu", "torch"), ("int8", "cuda", "torch"), ("float16", "cpu", "openvino")],
+)
+def test_dtype_that_the_backend_lacks(dtype: str, device: str, backend: str) -> None:
+    with pytest.raises(ValueError, match=f'dtype="{dtype}" was asked for'):
+        choose_dtype(dtype, device, backend, bf16=True)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "openvino", "chosen"),
+    [
+        ("auto", "cpu", True, "openvino"),
+        ("auto", "cpu", False, "torch"),
+        ("auto", "cuda", True, "torch"),
+        ("auto", "mps", True, "torch"),
+        ("torch", "cpu", True, "torch"),
+        ("openvino", "cpu", True, "openvino"),
+    ],
+)
+def test_backend(backend: str, device: str, openvino: bool, chosen: str) -> None:
+    assert choose_backend(backend, device, openvino=openvino) == chosen
+
+
+def test_backend_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="on device 'cuda', and it runs on a CPU only"):
+        choose_backend("openvino", "cuda", openvino=True)
+    with pytest.raises(ImportError, match=r"langchain-bge-dense\[openvino\]"):
+        choose_backend("openvino", "cpu", openvino=False)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "", "hpu"])
+def test_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(ValueError, match=f"no device '{device}'"):
+        make_plan(device, "auto", "torch")
+
+
+def test_plan_for_a_cpu() -> None:
+    dtype = "bfloat16" if cpu_has_bf16() else "float32"
+    assert make_plan("cpu:0", "auto", "torch") == ("cpu", dtype, "torch")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="there is no /proc/cpuinfo")
+def test_bf16_is_found_where_the_kernel_finds_it() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    units = {"x86_64": {"avx512_bf16", "amx_bf16"}, "aarch64": {"bf16"}}[platform.machine()]
+    assert cpu_has_bf16() == bool(flags & units)
