@@ -47,10 +47,10 @@ COPIED = (
 )
 DOCSTRINGS = 1200
 SHORTEST_DOCSTRING = 10  # words
-LONGEST_DOCSTRING = 128  # tokens
+LONGEST_DOCSTRING = 64  # tokens
 RIDGE = 10.0
 LEXICAL_SCALE = 0.1  # brings lexical scores to the order of cosines
-BATCH = 32
+BATCH = 64
 
 
 def build(folder: Path | None = None) -> Path:
