@@ -32,12 +32,19 @@ def check_weights(checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: A file is damaged or hostile, or belongs to another model.
     """
-    wanted = _wanted(checkpoint.folder)
+    encoder = _skeleton(checkpoint.folder)
+    wanted = {
+        name: tuple(weight.shape)
+        for name, weight in encoder.named_parameters()
+        if not name.startswith(_UNUSED)
+    }
     files = weight_files(checkpoint.folder)
     missing = set(wanted)
     for file in files:
-        for name, shape in _shapes(file).items():
-            missing.discard(_match(name, shape, wanted, file))
+        for stored, shape in _shapes(file).items():
+            name = _loaded_as(stored, encoder.base_model_prefix)
+            _check_tensor(file, name, shape, wanted)
+            missing.discard(name)
     if missing:
         reason = f"{len(missing)} tensors that config.json asks for are missing, {min(missing)} "
         raise ValueError(_foreign(files[0], f"{reason}among them"))
@@ -45,21 +52,16 @@ def check_weights(checkpoint: Checkpoint) -> None:
         _check_heads(checkpoint)
 
 
-def _wanted(folder: Path) -> Shapes:
-    """Names and shapes of the encoder's weights, from `config.json` alone."""
+def _skeleton(folder: Path) -> Any:
+    """The encoder that `config.json` describes, without memory for its weights."""
     import torch
     from transformers import AutoConfig, AutoModel
 
     with Reading(folder / "config.json"), torch.device("meta"):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        encoder = AutoModel.from_config(  # type: ignore[no-untyped-call]
+        return AutoModel.from_config(  # type: ignore[no-untyped-call]
             config, trust_remote_code=False
         )
-    return {
-        name: tuple(parameter.shape)
-        for name, parameter in encoder.named_parameters()
-        if not name.startswith(_UNUSED)
-    }
 
 
 def _shapes(file: Path) -> Shapes:
@@ -82,18 +84,19 @@ def _pickled_shapes(file: Path) -> Shapes:
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _match(name: str, shape: tuple[int, ...], wanted: Shapes, file: Path) -> str:
-    """The weight that a stored tensor is, or an empty string for none."""
-    parts = [_RENAMED.get(part, part) for part in name.split(".")]
-    suffixes = (".".join(parts[start:]) for start in range(len(parts)))
-    found = next((suffix for suffix in suffixes if suffix in wanted), "")
+def _loaded_as(stored: str, prefix: str) -> str:
+    """The name under which transformers looks for a stored tensor in the model."""
+    parts = stored.removeprefix(f"{prefix}.").split(".")
+    return ".".join(_RENAMED.get(part, part) for part in parts)
+
+
+def _check_tensor(file: Path, name: str, shape: tuple[int, ...], wanted: Shapes) -> None:
     layer = _LAYER.search(name)
-    if not found and layer and not any(layer.group() in known for known in wanted):
-        raise ValueError(_foreign(file, f"config.json has no layer for its tensor {name}"))
-    if found and shape != wanted[found]:
-        reason = f"its tensor {name} is {shape}, and config.json makes it {wanted[found]}"
+    if name in wanted and shape != wanted[name]:
+        reason = f"its tensor {name} is {shape}, and config.json makes it {wanted[name]}"
         raise ValueError(_foreign(file, reason))
-    return found
+    if name not in wanted and layer and not any(layer.group() in known for known in wanted):
+        raise ValueError(_foreign(file, f"config.json has no layer for its tensor {name}"))
 
 
 def _check_heads(checkpoint: Checkpoint) -> None:

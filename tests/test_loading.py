@@ -331,6 +331,15 @@ class TestMistakes:
 
 
 class TestBrokenDownload:
+    def test_a_cache_that_cannot_be_written_is_named(
+        self, hub: Hub, client: Client, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "not a folder"
+        file.write_text("")
+        kind, text = client.error(SAFE, file)
+        assert kind == "NotADirectoryError"
+        assert str(file) in text
+
     def test_is_taken_up_where_it_ended(
         self, hub: Hub, client: Client, tmp_path: Path, files: dict[str, bytes]
     ) -> None:
