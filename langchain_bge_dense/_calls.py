@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 import warnings
 from collections import deque
-from concurrent.futures import wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from langchain_bge_dense._jobs import Job
 from langchain_bge_dense._texts import checked, windows
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from langchain_bge_dense._encoder import Signals
     from langchain_bge_dense._encoding import M3Encoding
     from langchain_bge_dense._engine import Engine
-    from langchain_bge_dense._jobs import Encoded, Job
+    from langchain_bge_dense._jobs import Encoded
 
 # Texts whose tokens and results are held at once, two windows at a time. ColBERT vectors are large;
 # an event loop should not be held up while a window turns into Python floats.
@@ -70,7 +72,7 @@ class Call:
         running: deque[Job] = deque()
         try:
             for first, window in windows(texts, size):
-                running.append(self._submit(first, window))
+                self._submit(running, first, window)
                 if len(running) == _AHEAD:
                     yield _result(running, bar)
             while running:
@@ -83,7 +85,7 @@ class Call:
         running: deque[Job] = deque()
         try:
             for first, window in windows(texts, ASYNC_WINDOW):
-                running.append(self._submit(first, window))
+                self._submit(running, first, window)
                 if len(running) == _AHEAD:
                     yield await _aresult(running)
             while running:
@@ -91,9 +93,7 @@ class Call:
         finally:
             _cancel(running)
 
-    def _submit(self, first: int, texts: list[str]) -> Job:
-        from langchain_bge_dense._jobs import Job
-
+    def _submit(self, running: deque[Job], first: int, texts: list[str]) -> None:
         job = Job(
             texts=[self.instruction + text for text in checked(texts, first)],
             signals=self.signals,
@@ -103,8 +103,8 @@ class Call:
             urgent=self.urgent,
             refuse_long=self.on_truncate == "raise",
         )
+        running.append(job)  # first, so that Ctrl-C right after it still cancels the job
         self.engine.submit(job)
-        return job
 
     def stream(self, texts: Iterable[str]) -> Iterator[NDArray[np.float32]]:
         """Dense vectors one by one, each `(D,)`."""
@@ -168,13 +168,17 @@ def _callers_level() -> int:
 def _result(running: deque[Job], bar: tqdm[Any] | None) -> Encoded:
     job = running[0]
     shown = 0
-    # A wait without a limit cannot be interrupted on every platform.
-    while wait([job.future], timeout=_POLL_SECONDS).not_done:
+    while not job.future.done():
+        # A wait without a limit cannot be interrupted on every platform.
+        with contextlib.suppress(FutureTimeoutError):
+            job.future.exception(_POLL_SECONDS)
         shown = _advance(bar, job.finished, shown)
-    _advance(bar, len(job.texts), shown)
-    encoded = job.future.result()
+        if job.process != os.getpid():
+            msg = "The process was forked during this call. Make the call again in the child."
+            raise RuntimeError(msg)
+    _advance(bar, job.finished, shown)
     running.popleft()
-    return encoded
+    return job.future.result()
 
 
 def _advance(bar: tqdm[Any] | None, finished: int, shown: int) -> int:
