@@ -20,10 +20,13 @@ from pydantic import (
 
 from langchain_bge_dense._checkpoint import Checkpoint
 from langchain_bge_dense._engine import Engine, Settings, shared_engine, wrap
+from langchain_bge_dense._memo import Memo
 
 if TYPE_CHECKING:
     from FlagEmbedding import BGEM3FlagModel
     from typing_extensions import Self
+
+_UNLOADED = {"_found": None, "_engine": None, "_memo": None}
 
 
 class ModelSettings(BaseModel):
@@ -66,6 +69,7 @@ class ModelSettings(BaseModel):
 
     _found: Checkpoint | None = PrivateAttr(None)
     _engine: Engine | None = PrivateAttr(None)
+    _memo: Memo | None = PrivateAttr(None)
 
     @field_validator("model", "cache_folder", mode="before")
     @classmethod
@@ -74,11 +78,12 @@ class ModelSettings(BaseModel):
 
     def __getstate__(self) -> dict[Any, Any]:
         """Pickles and copies carry the settings alone."""
-        return {**super().__getstate__(), "__pydantic_private__": {"_found": None, "_engine": None}}
+        return {**super().__getstate__(), "__pydantic_private__": dict(_UNLOADED)}
 
     def __copy__(self) -> Self:
         copied = super().__copy__()
-        copied._engine = copied._found = None  # noqa: SLF001 - the copy's fields may be about to change
+        # The copy's fields may be about to change: it finds and loads its own model.
+        copied.__pydantic_private__ = dict(_UNLOADED)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
@@ -177,3 +182,9 @@ class ModelSettings(BaseModel):
             )
             raise ValueError(msg)
         return self.max_length or positions
+
+    def _shared_memo(self) -> Memo:
+        """From now on dense calls compute lexical weights too, for sparse calls to take."""
+        if self._memo is None:
+            self._memo = Memo()
+        return self._memo

@@ -54,7 +54,13 @@ class BGEM3Embeddings(ModelSettings, Embeddings):
             >>> len(vectors)
             2
         """
-        return [] if not texts else self.encode(texts).dense.tolist()  # type: ignore[union-attr]
+        if not texts:
+            return []
+        if self._memo is None:
+            encoding = self.encode(texts)
+        else:
+            encoding = self._memo.take("dense", checked(texts), self.document_instruction, self)
+        return encoding.dense.tolist()  # type: ignore[union-attr, no-any-return]
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a query, ahead of documents that wait.
@@ -73,6 +79,9 @@ class BGEM3Embeddings(ModelSettings, Embeddings):
         Example:
             >>> vector = BGEM3Embeddings(model=checkpoint).embed_query("what is a vector?")
         """
+        if self._memo is not None:
+            encoding = self._memo.take("dense", checked([text]), self.query_instruction, self)
+            return encoding.dense[0].tolist()  # type: ignore[index, no-any-return]
         call = self._call(self.query_instruction, urgent=True)
         [part] = call.run([text])
         return call.floats(part)[0]
