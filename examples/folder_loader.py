@@ -192,14 +192,14 @@ def _html_text(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for tag in soup(UNSEEN):
         tag.decompose()
     for heading in soup(HEADINGS):
-        heading.insert(0, "#" * int(heading.name[1]) + " ")  # as in Markdown: splitters look for it
+        heading.insert(0, "#" * int(heading.name[1]) + " ")  # as in Markdown
     for tag in soup(HEADINGS + BLOCKS):
         tag.insert_before(BLOCK_EDGE)
         tag.insert_after(BLOCK_EDGE)
     for cell in soup(["td", "th"]):
         cell.append(" ")
     blocks = (" ".join(block.split()) for block in soup.get_text().split(BLOCK_EDGE))
-    yield "\n".join(block for block in blocks if block), {"title": title} if title else {}
+    yield "\n\n".join(block for block in blocks if block), {"title": title} if title else {}
 
 
 def _pdf_pages(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

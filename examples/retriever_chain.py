@@ -48,7 +48,7 @@ QUESTIONS = (
 
 # Headings, paragraphs, sentences, lines, clauses, words, characters; Chinese has no spaces.
 SEPARATORS = [
-    r"\n(?=#{1,6} )",
+    r"\n\n(?=#{1,6} )",
     r"\n\n",
     r"(?<=[。！？；])|(?<=[.!?])\s",
     r"\n",
@@ -111,7 +111,9 @@ def split(documents: Iterable[Document], embeddings: BGEM3Embeddings) -> Iterato
         is_separator_regex=True,
     )
     for document in documents:
-        yield from splitter.split_documents([document])
+        # No blank line, and so no cut, between a heading and what it is the heading of.
+        text = re.sub(r"^(#{1,6} .*)\n+", r"\1\n", document.page_content, flags=re.MULTILINE)
+        yield from splitter.create_documents([text], [document.metadata])
 
 
 def index_folder(store: Chroma, embeddings: BGEM3Embeddings, folder: Path) -> str:

@@ -56,7 +56,7 @@ def test_html_gives_its_title_and_its_visible_text(tmp_path):
       word,<br>broken.</p><table><tr><th>k</th><th>v</th></tr><tr><td>1</td><td>2</td></tr></table>
       <script>alert(1)</script></body></html>"""
     documents, _ = load(tmp_path, a_html=page)
-    assert documents[0].page_content == "# Head\nOne bold word,\nbroken.\nk v\n1 2"
+    assert documents[0].page_content == "# Head\n\nOne bold word,\n\nbroken.\n\nk v\n\n1 2"
     assert documents[0].metadata == {"source": "a.html", "title": "A page"}
 
 

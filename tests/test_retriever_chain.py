@@ -324,10 +324,21 @@ def test_passages_fit_the_budget_and_end_at_sentences(small):
     assert all(p.metadata == {"source": "a.md", "page": 3} for p in passages)
 
 
-def test_a_passage_begins_with_its_heading(small):
-    text = "\n\n".join(f"## Part {n}\n\n{'Words about it. ' * 25}" for n in range(4))
-    passages = list(split([Document(text)], small))
-    assert [p.page_content[:9] for p in passages] == [f"## Part {n}" for n in range(4)]
+def sections(words):
+    text = "Words about it. " * words
+    part = f"## Part\n\n### Sub\n\n{text}\n\n{text}"
+    return Document(f"# All\n\n{part}\n\n{part}\n\n{part}\n\n{part}")
+
+
+@pytest.mark.parametrize("words", [5, 9, 200])
+def test_headings_stay_with_their_text(small, words):
+    passages = split([sections(words)], small)
+    assert all("Words" in passage.page_content.splitlines()[-1] for passage in passages)
+
+
+def test_sections_that_fit_are_passages(small):
+    passages = split([sections(9)], small)
+    assert [passage.page_content.count("## Part") for passage in passages] == [1, 1, 1, 1]
 
 
 def test_place():
