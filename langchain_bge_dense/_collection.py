@@ -5,18 +5,18 @@ Knows nothing of documents and indexing.
 
 from __future__ import annotations
 
-import os
 import re
-import threading
 import uuid
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import chromadb
 import numpy as np
 from chromadb.config import Settings
-from filelock import FileLock, Timeout
+
+from langchain_bge_dense._folder import enter
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping, Sequence
 
     from chromadb.api import ClientAPI
@@ -29,10 +29,6 @@ DIMENSION = "embedding_dimension"
 _SAME_COSINE = 0.99  # of one text by one model, in any dtype
 _SAMPLE = 10  # stored documents of which the shortest is embedded again
 _WAYS_OUT = "take another collection_name, or delete the collection and index its documents again."
-
-_spellings: dict[str, str] = {}  # folder to the path under which this process opened it first
-_written: dict[str, FileLock] = {}  # by folder that this process writes to
-_writing = threading.Lock()
 
 
 class Identity(NamedTuple):
@@ -104,44 +100,11 @@ def local_client(folder: str | os.PathLike[str] | None, **names: str) -> ClientA
 
 def _start(folder: str | os.PathLike[str] | None, settings: Settings, **names: str) -> ClientAPI:
     if folder is not None:
-        return chromadb.PersistentClient(_spelling(folder), settings, **names)
+        return chromadb.PersistentClient(enter(folder), settings, **names)
     if not names:
         names = {"database": uuid.uuid4().hex}
         chromadb.AdminClient(settings).create_database(names["database"])
     return chromadb.EphemeralClient(settings, **names)
-
-
-def _spelling(folder: str | os.PathLike[str]) -> str:
-    """The folder's path as this process wrote it first: Chroma opens another spelling twice.
-
-    Two Chromas on one folder destroy its index.
-    """
-    real, path = os.path.realpath(folder), os.fspath(folder)
-    if real not in _spellings and path in _spellings.values():
-        path = real  # a relative path, after a change of directory
-    return _spellings.setdefault(real, path)
-
-
-def write_alone(client: ClientAPI) -> None:
-    """Make this process the only one that indexes into the client's folder, until it ends.
-
-    Raises:
-        RuntimeError: Another process has written to the folder and still runs.
-    """
-    settings = client.get_settings()
-    if not settings.is_persistent:
-        return
-    folder = os.path.realpath(settings.persist_directory)
-    path = os.path.join(folder, "indexing.lock")  # noqa: PTH118
-    try:
-        with _writing:
-            _written.setdefault(folder, FileLock(path, thread_local=False)).acquire(blocking=False)
-    except Timeout as error:
-        msg = (
-            f"Another process has indexed into {folder!r} and still runs; a second one would "
-            "destroy Chroma's index. Wait until it ends, or let both use a Chroma server."
-        )
-        raise RuntimeError(msg) from error
 
 
 def cosine_configuration(given: Mapping[str, Any] | None) -> dict[str, Any]:

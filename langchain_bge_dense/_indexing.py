@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import numpy as np
-from chromadb.errors import RateLimitError
+from chromadb.errors import InternalError, RateLimitError
 from langchain_chroma import Chroma
 
-from langchain_bge_dense._collection import check, fingerprint_of, write_alone
+from langchain_bge_dense._collection import check, fingerprint_of
+from langchain_bge_dense._folder import guarded, no_room, write_alone
 from langchain_bge_dense._records import Record, record
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
@@ -31,7 +32,14 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before a server that does not answer is asked again
+_WAITS = (
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    15.0,
+    30.0,
+)  # seconds before a server that does not answer is asked again
 
 
 @dataclass(frozen=True)
@@ -67,21 +75,34 @@ class Run:
         self._embeddings: Embeddings = store.embeddings  # type: ignore[assignment]
         fresh = _patiently(lambda: client.get_collection(collection.name, embedding_function=None))
         check(fresh, fingerprint_of(self._embeddings))
-        write_alone(client)
+        settings = client.get_settings()
+        local = settings.is_persistent
+        self._folder = write_alone(settings.persist_directory) if local else None
         self.batch_size = min(batch_size, _patiently(client.get_max_batch_size))
         self._added = self._seen = self._truncated = 0
 
     def add(self, chunk: Sequence[Document]) -> None:
+        """Embed and store those of the next documents that the collection lacks."""
         records = {r.id: r for r in map(record, chunk, itertools.count(self._seen))}
-        found = _patiently(lambda: self._collection.get(ids=list(records), include=[]))
-        for known in found["ids"]:
-            del records[known]
-        if records:
-            columns, truncated = _columns(self._embeddings, list(records.values()))
-            _patiently(lambda: self._collection.upsert(**columns))
+        ids = list(records)
+        known = self._ask(0, lambda: set(self._collection.get(ids=ids, include=[])["ids"]))
+        new = [r for r in records.values() if r.id not in known]
+        if new:
+            columns, truncated = _columns(self._embeddings, new)
+            self._ask(len(new), lambda: self._collection.upsert(**columns))
             self._truncated += truncated
         self._seen += len(chunk)
-        self._added += len(records)
+        self._added += len(new)
+
+    def _ask(self, coming: int, call: Callable[[], T]) -> T:
+        """Call Chroma, which is on a server, in memory, or in a folder that is to be guarded."""
+        if self._folder is None:
+            return _patiently(call)
+        try:
+            with guarded(self._folder, self._collection, coming):
+                return call()
+        except InternalError as error:
+            raise no_room(self._folder, error) from error
 
     def result(self) -> IndexResult:
         return IndexResult(self._added, self._seen - self._added, self._truncated)

@@ -136,7 +136,7 @@ def index_documents(
         ValueError: `batch_size` is below 1, the collection holds another model's vectors, metadata
             cannot be stored.
         FloatingPointError: A vector is not finite.
-        ConnectionError: The Chroma server did not answer for a quarter of a minute. What is stored
+        ConnectionError: The Chroma server did not answer for a minute. What is stored
             stays; run it again.
         RuntimeError: Another process has indexed into the same folder and still runs.
 
