@@ -185,17 +185,12 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
 
 def write_pooling(folder: Path, hidden: int) -> None:
     """Write the files by which sentence-transformers pools the cls token, as BGE-M3 has them."""
-    modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
-    listed = [
-        {
-            "idx": int(name),
-            "name": name,
-            "path": path,
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for name, path, kind in [*modules, ("2", "2_Normalize", "Normalize")]
+    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(paths.items())
     ]
-    _write_json(folder / "modules.json", listed)
+    _write_json(folder / "modules.json", modules)
     (folder / "1_Pooling").mkdir(exist_ok=True)
     pooling = {"word_embedding_dimension": hidden, "pooling_mode_cls_token": True}
     _write_json(folder / "1_Pooling" / "config.json", pooling)
