@@ -136,15 +136,16 @@ def _copy(index: Path, saved: int) -> None:
             unfinished.mkdir()
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise no_room(index.parent, error) from error
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        raise no_room(index.parent, reason) from error
     unfinished.rename(copy)
 
 
-def no_room(folder: Path, error: Exception) -> OSError:
-    """The error for a folder that Chroma could not write to."""
+def no_room(folder: str | os.PathLike[str], reason: object) -> OSError:
+    """The error for a folder that could not be written to."""
     free = shutil.disk_usage(folder).free / 2**20
     return OSError(
-        f"Could not write to {str(folder)!r}, where {free:,.1f} MiB are free: {error}. "
+        f"Could not write to {os.fspath(folder)!r}, where {free:,.1f} MiB are free: {reason}. "
         "Make room if that is little, and run this again in a new process; what is stored stays."
     )
 
