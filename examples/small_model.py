@@ -7,9 +7,8 @@ of 90 MB. This script gives it the two heads that make it a checkpoint of BGE-M3
 - Lexical: a ridge regression from token states to the log inverse document frequency of the token,
   fitted on docstrings of Python's standard library.
 
-The docstrings differ a little between versions of Python, and the lexical weights with them, too
-little to matter for what is found. On one machine, with one Python and one torch, every build gives
-the same heads to the last bit.
+The docstrings differ a little between versions of Python, and the lexical weights with them. On one
+machine, with one Python and one torch, every build gives the same heads to the last bit.
 
     python examples/small_model.py    # builds it once, prints its folder
 """
