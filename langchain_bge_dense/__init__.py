@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from langchain_bge_dense._version import __version__
     from langchain_bge_dense.embeddings import BGEM3Embeddings
     from langchain_bge_dense.rerank import BGEM3Reranker
+    from langchain_bge_dense.retriever import BGEM3Retriever
 
 _HOMES = {
     "BGEM3Embeddings": "embeddings",
     "BGEM3Reranker": "rerank",
+    "BGEM3Retriever": "retriever",
     "M3Encoding": "_encoding",
     "__version__": "_version",
 }
 
-__all__ = ["BGEM3Embeddings", "BGEM3Reranker", "M3Encoding", "__version__"]
+__all__ = ["BGEM3Embeddings", "BGEM3Reranker", "BGEM3Retriever", "M3Encoding", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import httpx
 import numpy as np
@@ -18,6 +18,7 @@ from langchain_chroma import Chroma
 
 from langchain_bge_dense._collection import check, fingerprint_of
 from langchain_bge_dense._folder import guarded, no_room, write_alone
+from langchain_bge_dense._lexical import index_of
 from langchain_bge_dense._records import Record, record
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
@@ -68,8 +69,8 @@ class Run:
     same texts together, and gets the same vectors to the last bit.
     """
 
-    def __init__(self, store: Chroma, batch_size: int) -> None:
-        _check(store, batch_size)
+    def __init__(self, store: Chroma, batch_size: int, *, lexical: bool = False) -> None:
+        _check(store, batch_size, lexical=lexical)
         client = store._client  # noqa: SLF001 - Chroma has no public way to upsert vectors
         self._collection = collection = store._collection  # noqa: SLF001
         self._embeddings: Embeddings = store.embeddings  # type: ignore[assignment]
@@ -79,6 +80,9 @@ class Run:
         local = settings.is_persistent
         self._folder = write_alone(settings.persist_directory) if local else None
         self.batch_size = min(batch_size, _patiently(client.get_max_batch_size))
+        self._index = self._ask(0, lambda: index_of(store, create=True)) if lexical else None
+        if self._index is not None:
+            self._ask(0, self._index.sync)
         self._added = self._seen = self._truncated = 0
 
     def add(self, chunk: Sequence[Document]) -> None:
@@ -86,13 +90,24 @@ class Run:
         records = {r.id: r for r in map(record, chunk, itertools.count(self._seen))}
         ids = list(records)
         known = self._ask(0, lambda: set(self._collection.get(ids=ids, include=[])["ids"]))
+        if self._index is not None:
+            known = {passage for passage in known if passage in self._index}
         new = [r for r in records.values() if r.id not in known]
         if new:
-            columns, truncated = _columns(self._embeddings, new)
-            self._ask(len(new), lambda: self._collection.upsert(**columns))
-            self._truncated += truncated
+            self._store(new)
         self._seen += len(chunk)
         self._added += len(new)
+
+    def _store(self, records: Sequence[Record]) -> None:
+        """Embed and write; weights come first, as they do no harm without their passages."""
+        encoded = _encoded(self._embeddings, records, lexical=self._index is not None)
+        columns = _columns(records, encoded.vectors)
+        index, weights = self._index, encoded.weights
+        if index is not None and weights is not None:
+            ids, texts = columns["ids"], columns["documents"]
+            self._ask(len(ids), lambda: index.add(ids, texts, weights))
+        self._ask(len(records), lambda: self._collection.upsert(**columns))
+        self._truncated += encoded.truncated
 
     def _ask(self, coming: int, call: Callable[[], T]) -> T:
         """Call Chroma, which is on a server, in memory, or in a folder that is to be guarded."""
@@ -108,15 +123,33 @@ class Run:
         return IndexResult(self._added, self._seen - self._added, self._truncated)
 
 
-def _columns(embeddings: Embeddings, records: Sequence[Record]) -> tuple[dict[str, Any], int]:
-    """All that Chroma stores of new documents, and how many of them were truncated."""
-    vectors, truncated = _vectors(embeddings, [r.text for r in records])  # (N, D)
+class _Encoded(NamedTuple):
+    """What a model makes of `N` records."""
+
+    vectors: NDArray[np.float32]  # (N, D)
+    truncated: int
+    weights: list[dict[int, float]] | None
+
+
+def _encoded(embeddings: Embeddings, records: Sequence[Record], *, lexical: bool) -> _Encoded:
+    texts = [r.text for r in records]
+    if isinstance(embeddings, BGEM3Embeddings):
+        encoding = embeddings.encode(texts, lexical=lexical)
+        truncated = int(encoding.truncated.sum())
+        return _Encoded(encoding.dense, truncated, encoding.lexical)  # type: ignore[arg-type]
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as not finite
+        vectors = np.asarray(embeddings.embed_documents(texts), dtype=np.float32)  # (N, D)
     if len(vectors) != len(records):
         msg = (
             f"{type(embeddings).__name__}.embed_documents gave {len(vectors)} vectors for "
             f"{len(records)} texts. Use embeddings that give one for each."
         )
         raise ValueError(msg)
+    return _Encoded(vectors, 0, None)
+
+
+def _columns(records: Sequence[Record], vectors: NDArray[np.float32]) -> dict[str, Any]:
+    """All that Chroma stores of new documents."""
     finite = np.isfinite(vectors).all(axis=1)  # (N,)
     if not finite.all():
         msg = (
@@ -124,21 +157,12 @@ def _columns(embeddings: Embeddings, records: Sequence[Record]) -> tuple[dict[st
             "Leave the document out, or use embeddings that can take it."
         )
         raise FloatingPointError(msg)
-    columns = {
+    return {
         "ids": [r.id for r in records],
         "documents": [r.text for r in records],
         "metadatas": [r.metadata or None for r in records],
         "embeddings": list(vectors),
     }
-    return columns, truncated
-
-
-def _vectors(embeddings: Embeddings, texts: list[str]) -> tuple[NDArray[np.float32], int]:
-    if isinstance(embeddings, BGEM3Embeddings):
-        encoding = embeddings.encode(texts)
-        return encoding.dense, int(encoding.truncated.sum())  # type: ignore[return-value]
-    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as not finite
-        return np.asarray(embeddings.embed_documents(texts), dtype=np.float32), 0
 
 
 def _patiently(call: Callable[[], T]) -> T:
@@ -159,7 +183,7 @@ def _patiently(call: Callable[[], T]) -> T:
             time.sleep(wait)
 
 
-def _check(store: object, batch_size: int) -> None:
+def _check(store: object, batch_size: int, *, lexical: bool) -> None:
     if not isinstance(store, Chroma):
         msg = f"The store is {type(store).__name__}, not Chroma. Make it with open_chroma."
         raise TypeError(msg)
@@ -169,3 +193,9 @@ def _check(store: object, batch_size: int) -> None:
     if batch_size < 1:
         msg = f"batch_size is {batch_size}. Use 1 or more."
         raise ValueError(msg)
+    if lexical and not isinstance(store.embeddings, BGEM3Embeddings):
+        msg = (
+            f"lexical=True was asked for, and {type(store.embeddings).__name__} gives no lexical "
+            "weights. Open the store with BGEM3Embeddings, or leave lexical out."
+        )
+        raise TypeError(msg)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 RANK_CONSTANT = 60
 """`k` of reciprocal rank fusion, as in the paper that introduced it."""
 
+_NO_SPREAD = 1e-6  # differences between scores that are rounding alone
+
 
 class PackedWeights(NamedTuple):
     """Lexical weights of `N` passages, one passage after the other, `M` weights in all."""
@@ -120,6 +122,26 @@ def weighted_mean(
         Scores, `(N,)`.
     """
     return np.average(np.stack(scores), axis=0, weights=weights).astype(np.float32)  # (N,)
+
+
+def standardized(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Bring scores to mean 0 and standard deviation 1.
+
+    Args:
+        scores: Of one signal for one query's candidates, `(N,)`.
+
+    Returns:
+        The same shape; all 0 where the scores are all the same.
+
+    Example:
+        >>> standardized(np.array([1.0, 3.0], np.float32))
+        array([-1.,  1.], dtype=float32)
+    """
+    spread = scores.std() if len(scores) else 0.0
+    if spread < _NO_SPREAD:
+        return np.zeros_like(scores)
+    scaled: NDArray[np.float32] = (scores - scores.mean()) / spread  # (N,)
+    return scaled
 
 
 def reciprocal_rank_fusion(

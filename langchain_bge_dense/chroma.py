@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 try:
     from chromadb.config import Settings
+    from chromadb.errors import InternalError
     from langchain_chroma import Chroma
 except ImportError as error:
     msg = (
@@ -33,6 +34,7 @@ from langchain_bge_dense._collection import (
     local_client,
     require_cosine,
 )
+from langchain_bge_dense._folder import no_room
 from langchain_bge_dense._indexing import IndexResult, Run
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ def open_chroma(
         TypeError: `embeddings` are none.
         ValueError: The name is invalid, two places are given for the data, another space than
             cosine is asked for, or the collection has another space or another model's vectors.
+        OSError: The folder could not be written to.
 
     Example:
         >>> from langchain_core.embeddings import DeterministicFakeEmbedding
@@ -96,14 +99,19 @@ def open_chroma(
     given = options.pop("collection_metadata", None) or {}
     require_cosine(given.get("hnsw:space", "cosine"), "collection_metadata")
     configuration = cosine_configuration(options.pop("collection_configuration", None))
-    store = Chroma(
-        collection_name,
-        embeddings,
-        collection_metadata={**given, **identity.metadata()},
-        collection_configuration=configuration,  # type: ignore[arg-type]
-        **_placed(persist_directory, client, options),
-    )
-    claim(store._collection, embeddings, identity)  # noqa: SLF001 - the only way to its metadata
+    try:
+        store = Chroma(
+            collection_name,
+            embeddings,
+            collection_metadata={**given, **identity.metadata()},
+            collection_configuration=configuration,  # type: ignore[arg-type]
+            **_placed(persist_directory, client, options),
+        )
+        claim(store._collection, embeddings, identity)  # noqa: SLF001 - what Chroma answered
+    except InternalError as error:
+        if persist_directory is None:
+            raise
+        raise no_room(persist_directory, error) from error
     return store
 
 
@@ -113,6 +121,7 @@ def index_documents(
     *,
     batch_size: int = 256,
     show_progress: bool = False,
+    lexical: bool = False,
 ) -> IndexResult:
     """Embed and store the documents that the collection lacks.
 
@@ -126,6 +135,9 @@ def index_documents(
         documents: Any iterable.
         batch_size: Documents embedded and stored at once; less where Chroma takes less.
         show_progress: Show a bar over documents.
+        lexical: Store lexical weights of the same forward pass too, for `BGEM3Retriever`; documents
+            that are there without them are embedded again. They are kept in a second collection,
+            named by the first one's id, and stay out of the metadata.
 
     Returns:
         Counts of what was added, skipped and truncated.
@@ -138,6 +150,7 @@ def index_documents(
         FloatingPointError: A vector is not finite.
         ConnectionError: The Chroma server did not answer for a minute. What is stored
             stays; run it again.
+        OSError: The folder could not be written to; the disk is full.
         RuntimeError: Another process has indexed into the same folder and still runs.
 
     Example:
@@ -147,7 +160,7 @@ def index_documents(
         >>> index_documents(store, notes)
         IndexResult(added=2, skipped=1, truncated=0)
     """
-    run = Run(store, batch_size)
+    run = Run(store, batch_size, lexical=lexical)
     with _bar(documents, show=show_progress) as bar:
         for chunk in _chunks(documents, run.batch_size):
             run.add(chunk)
@@ -161,6 +174,7 @@ async def aindex_documents(
     *,
     batch_size: int = 256,
     show_progress: bool = False,
+    lexical: bool = False,
 ) -> IndexResult:
     """`index_documents` for an event loop; takes a loader's `alazy_load()` too.
 
@@ -172,6 +186,7 @@ async def aindex_documents(
         documents: Any iterable, or an asynchronous one.
         batch_size: As for `index_documents`.
         show_progress: As for `index_documents`.
+        lexical: As for `index_documents`.
 
     Returns:
         Counts of what was added, skipped and truncated.
@@ -183,7 +198,7 @@ async def aindex_documents(
         >>> asyncio.run(aindex_documents(store, [Document("one")]))
         IndexResult(added=1, skipped=0, truncated=0)
     """
-    run = await asyncio.to_thread(Run, store, batch_size)
+    run = await asyncio.to_thread(Run, store, batch_size, lexical=lexical)
     with _bar(documents, show=show_progress) as bar:
         async for chunk in _achunks(documents, run.batch_size):
             await asyncio.to_thread(run.add, chunk)
@@ -215,7 +230,7 @@ async def _achunks(documents: Iterable[T] | AsyncIterable[T], size: int) -> Asyn
 
 def _bar(documents: object, *, show: bool) -> tqdm[Any]:
     total = len(documents) if isinstance(documents, Sized) else None
-    return tqdm(total=total, unit="document", desc="Indexing", disable=not show)
+    return tqdm(total=total, unit=" documents", desc="Indexing", disable=not show)
 
 
 def _relevance(distance: float) -> float:

@@ -17,7 +17,7 @@ import langchain_bge_dense
 if TYPE_CHECKING:
     from pathlib import Path
 
-EXPORTS = ["BGEM3Embeddings", "BGEM3Reranker", "M3Encoding", "__version__"]
+EXPORTS = ["BGEM3Embeddings", "BGEM3Reranker", "BGEM3Retriever", "M3Encoding", "__version__"]
 MODULES = [module.name for module in pkgutil.iter_modules(langchain_bge_dense.__path__)]
 
 
