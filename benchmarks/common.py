@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 LIBRARIES = ["torch", "transformers", "FlagEmbedding", "openvino", "sentence-transformers"]
-VOCABULARY = """
-passage query vector 向量 检索 the of and to in that is for as with retrieval embedding token weights
-文本 意思 相近 rights freedom life liberty dignity person brotherhood equal reason act search nearest
-answer model score dense lexical 查询 文档 人人 自由 平等 language document page
-""".split()
+WORDS = """
+passage query vector 向量 检索 the of and to in that is for as with retrieval embedding token
+weights 文本 意思 相近 rights freedom life liberty dignity person brotherhood equal reason act
+search nearest answer model score dense lexical 查询 文档 人人 自由 平等 language document page
+"""
+VOCABULARY = WORDS.split()
 
 
 def machine() -> str:

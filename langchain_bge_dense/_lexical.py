@@ -239,7 +239,7 @@ _indexes: WeakKeyDictionary[Chroma, tuple[object, LexicalIndex]] = WeakKeyDictio
 
 
 def index_of(store: Chroma, *, create: bool) -> LexicalIndex | None:
-    """The index of a store's collection, kept as long as the store; None where it has no weights."""
+    """The index of a store's collection, kept as long as the store; None: it has no weights."""
     collection = store._collection  # noqa: SLF001
     made_of, index = _indexes.get(store, (None, None))
     if index is not None and made_of == collection.id:
