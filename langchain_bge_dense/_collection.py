@@ -5,6 +5,7 @@ Knows nothing of documents and indexing.
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,6 @@ from chromadb.config import Settings
 from langchain_bge_dense._folder import enter
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping, Sequence
 
     from chromadb.api import ClientAPI
@@ -89,13 +89,15 @@ def local_client(folder: str | os.PathLike[str] | None, **names: str) -> ClientA
         folder: Where the data is kept; None: a database in memory that nobody else has.
         names: `tenant` and `database`, as in Chroma.
     """
+    # Chroma gives one folder, and memory, to clients of equal settings alone. So the caller's own
+    # ones get no telemetry either, and where they were here first, theirs is left as it is.
+    os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
     try:
         return _start(folder, Settings(anonymized_telemetry=False), **names)
     except ValueError as error:
         if "different settings" not in str(error):
             raise
-        # The caller's own code was here first, and Chroma gives it to none but its like.
-        return _start(folder, Settings(), **names)
+        return _start(folder, Settings(anonymized_telemetry=True), **names)
 
 
 def _start(folder: str | os.PathLike[str] | None, settings: Settings, **names: str) -> ClientAPI:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import time
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.errors import HTTPError as _HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm
 
 from langchain_bge_dense._checkpoint import POOLING_FILE, SMALL_FILES
@@ -80,7 +81,7 @@ def download(
         folder = fetch(revision, (*SMALL_FILES, POOLING_FILE, *SAFETENSORS))
         if not any((folder / name).exists() for name in SAFETENSORS):
             folder = fetch(folder.name, PYTORCH_WEIGHTS)
-    except (OSError, httpx.HTTPError, RuntimeError) as error:  # RuntimeError: hf_xet
+    except (OSError, _HTTPError, RuntimeError) as error:  # the last one by hf_xet
         if isinstance(error, OSError) and error.errno:  # the disk's, not the hub's
             raise
         name = f"{model!r} at revision {revision!r}" if revision else repr(model)
@@ -112,11 +113,11 @@ def _explain(error: Exception, name: str, model: str, cache: str | None) -> OSEr
 
 def _is_refusal(error: Exception) -> bool:
     """Whether the hub knows the model and the caller, and still says no."""
-    if isinstance(error, GatedRepoError):
-        return True
-    # Of a private model the hub says the same as of one that does not exist.
-    known = isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError)
-    return known and error.response.status_code in {401, 403}  # type: ignore[attr-defined]
+    if isinstance(error, RepositoryNotFoundError):
+        # Of a private model the hub says the same as of one that does not exist.
+        return isinstance(error, GatedRepoError)
+    unauthorized = HTTPStatus.UNAUTHORIZED
+    return isinstance(error, HfHubHTTPError) and error.response.status_code == unauthorized
 
 
 def _reason(error: Exception) -> str:

@@ -54,6 +54,7 @@ class Hub:
 
     Attributes:
         token: The one that opens private and gated repositories.
+        stranger: One that is valid and opens none of them.
         requests: All that was asked for, in order.
         status: Answer everything with this HTTP error; 0: with what was asked for.
         faults: By file name, after how many bytes the connection breaks, once; with a minus it is
@@ -61,6 +62,7 @@ class Hub:
     """
 
     token = "hf_of_a_friend"  # noqa: S105
+    stranger = "hf_of_a_stranger"
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -155,6 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(self.hub.status)
         elif path.startswith("/cdn/"):
             self._send_large(path.removeprefix("/cdn/"))
+        elif token not in {None, self.hub.token, self.hub.stranger}:
+            reason = "Invalid credentials in Authorization header"
+            self._send(401, {"X-Error-Message": reason})
         else:
             self._route(path, token)
 

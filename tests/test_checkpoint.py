@@ -262,7 +262,7 @@ class TestShards:
     def test_are_all_needed(self, folder: Path, suffix: str) -> None:
         _, second = in_shards(folder, suffix)
         second.unlink()
-        with pytest.raises(FileNotFoundError, match=re.escape(second.name)):
+        with pytest.raises(FileNotFoundError, match=f"lacks {re.escape(second.name)}, which"):
             load(folder)
 
     def test_are_all_checked(self, folder: Path, suffix: str) -> None:

@@ -44,6 +44,18 @@ NEEDED = {
     "sparse_linear.pt",
     "1_Pooling/config.json",
 }
+NOT_NEEDED = (
+    ".gitattributes",
+    "README.md",
+    "flax_model.msgpack",
+    "imgs/bge.jpg",
+    "long.jpg",
+    "model.fp16.safetensors",
+    "onnx/model.onnx",
+    "onnx/model.onnx_data",
+    "onnx/tokenizer.json",
+    "training_args.bin",
+)
 SAFE, PICKLED = "org/both-formats", "org/only-pickled"
 
 CLIENT = """
@@ -113,13 +125,7 @@ def files(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     """The tiny checkpoint in the hub's layout, with all that nobody here needs."""
     pickled = tmp_path_factory.mktemp("pickled") / "pytorch_model.bin"
     torch.save(load_file(tiny_checkpoint / "model.safetensors"), pickled)
-    beside = ("README.md", "imgs/bge.jpg", "onnx/model.onnx", "onnx/model.onnx_data", "long.jpg")
-    others = dict.fromkeys((*beside, ".gitattributes", "flax_model.msgpack"), b"not needed")
-    others |= {
-        "onnx/tokenizer.json": b"{}",
-        "model.fp16.safetensors": b"",
-        "training_args.bin": b"",
-    }
+    others = dict.fromkeys(NOT_NEEDED, b"not needed")
     return read_folder(tiny_checkpoint) | others | {"pytorch_model.bin": pickled.read_bytes()}
 
 
@@ -225,20 +231,20 @@ class TestDownload:
 
 
 class TestAccess:
+    @pytest.mark.parametrize("token", [None, Hub.stranger])
     def test_a_private_model_needs_the_token(
-        self, hub: Hub, client: Client, tmp_path: Path
+        self, hub: Hub, client: Client, tmp_path: Path, token: str | None
     ) -> None:
-        kind, text = client.error("org/private", tmp_path)
+        kind, text = client.error("org/private", tmp_path, token=token)
         assert kind == "FileNotFoundError"
         assert "'org/private'" in text
         assert "`token`" in text
-        assert client.error("org/private", tmp_path, token="hf_wrong")[0] == kind  # noqa: S106
         hub.requests.clear()
         assert client.folder("org/private", tmp_path, token=hub.token)
-        tokens = {path.startswith("/cdn/"): token for _, path, token, _ in hub.requests}
+        tokens = {request.path.startswith("/cdn/"): request.token for request in hub.requests}
         assert tokens == {False: hub.token, True: None}
 
-    @pytest.mark.parametrize("token", [None, "hf_wrong"])
+    @pytest.mark.parametrize("token", [None, Hub.stranger])
     def test_a_gated_model_is_refused_in_so_many_words(
         self, hub: Hub, client: Client, tmp_path: Path, token: str | None
     ) -> None:
@@ -246,12 +252,16 @@ class TestAccess:
         assert kind == "PermissionError"
         assert "'org/gated'" in text
         assert "Ask for access" in text
+        assert client.folder("org/gated", tmp_path, token=hub.token)
 
-    def test_an_error_never_shows_the_token(self, hub: Hub, client: Client, tmp_path: Path) -> None:
-        hub.status = 403
-        kind, text = client.error(SAFE, tmp_path, token=hub.token)
-        assert kind == "FileNotFoundError"
-        assert hub.token not in text
+    def test_a_wrong_token_is_refused_and_not_shown(
+        self, hub: Hub, client: Client, tmp_path: Path
+    ) -> None:
+        kind, text = client.error(SAFE, tmp_path, token="hf_misspelt")  # noqa: S106
+        assert kind == "PermissionError"
+        assert "401" in text
+        assert "`token`" in text
+        assert "hf_misspelt" not in text
 
 
 class TestWithoutTheHub:

@@ -1,0 +1,60 @@
+"""Indexes documents into Chroma as a process of its own, to be killed.
+
+    python indexing_process.py '{"persist_directory": "db"}' 1000 [document to die at]
+
+Prints the position of each document that it reads, and the counts when it is done. With a position
+to die at, it kills itself once that document is read, where Chroma rewrites its vector index.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hashed_embeddings import HashedEmbeddings
+from langchain_core.documents import Document
+
+from langchain_bge_dense.chroma import index_documents, open_chroma
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BATCH = 40
+
+
+def documents(count: int, first: int = 0) -> Iterator[Document]:
+    for number in range(first, count):
+        sys.stdout.write(f"{number}\n")
+        sys.stdout.flush()
+        yield Document(f"passage {number}", metadata={"number": number, "tags": ["a", "b"]})
+
+
+def die_rewriting(store, folder: Path) -> None:
+    """Do to the index what a killed Chroma leaves: files emptied and half written."""
+    upsert = store._collection.upsert
+
+    def upsert_and_die(**columns) -> None:
+        if any(folder.glob("*.copy")):
+            for file in folder.glob("*-*-*-*[!y]/*"):
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        upsert(**columns)
+
+    store._collection.upsert = upsert_and_die
+
+
+def main(place: dict, count: int, *options: str) -> None:
+    embeddings = HashedEmbeddings()
+    store = open_chroma(embeddings, "passages", **place)
+    if "die" in options:
+        die_rewriting(store, Path(place["persist_directory"]))
+    done = index_documents(store, documents(count), batch_size=BATCH)
+    sys.stdout.write(f"{done} {embeddings.embedded}\n")
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,120 @@
+"""`open_chroma` and `index_documents` against a real Chroma server on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from chroma_server import ChromaServer
+from hashed_embeddings import HashedEmbeddings
+from langchain_core.documents import Document
+
+from langchain_bge_dense import _indexing
+from langchain_bge_dense.chroma import index_documents, open_chroma
+
+SCRIPT = Path(__file__).with_name("indexing_process.py")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with ChromaServer(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def place(server) -> dict:
+    return {"host": server.host, "port": server.port}
+
+
+def passages(count: int) -> list[Document]:
+    return [Document(f"passage {i}", metadata={"number": i, "tags": ["a"]}) for i in range(count)]
+
+
+def test_round_trip(place):
+    store = open_chroma(HashedEmbeddings(), "round", collection_metadata={"owner": "me"}, **place)
+    assert index_documents(store, [*passages(5), Document("bare")], batch_size=2).added == 6
+    again = open_chroma(HashedEmbeddings(), "round", **place)
+    assert again._collection.metadata["owner"] == "me"
+    assert not again._client.get_settings().anonymized_telemetry
+    found = {d.page_content: d.metadata for d in again.similarity_search("passage 1", k=6)}
+    assert next(iter(found)) == "passage 1"
+    assert found["passage 3"] == {"number": 3, "tags": ["a"]}
+    assert found["bare"] == {}
+    assert index_documents(again, passages(6)).skipped == 5
+
+
+def test_other_embeddings_are_refused(place):
+    open_chroma(HashedEmbeddings(), "refused", **place)
+    with pytest.raises(ValueError, match="holds vectors of"):
+        open_chroma(HashedEmbeddings(model="other"), "refused", **place)
+    with pytest.raises(ValueError, match="vectors of 8 numbers"):
+        open_chroma(HashedEmbeddings(16), "refused", **place)
+
+
+def test_opened_by_two_models_at_once(place):
+    barrier = threading.Barrier(8)
+
+    def opened(caller: int) -> str | None:
+        embeddings = HashedEmbeddings(model=f"model {caller % 2}")
+        barrier.wait()
+        try:
+            open_chroma(embeddings, "race", **place)
+        except ValueError:
+            return None
+        return embeddings.model
+
+    with ThreadPoolExecutor(8) as callers:
+        models = list(callers.map(opened, range(8)))
+    assert len(set(models) - {None}) == 1
+    assert models.count(None) == 4
+
+
+def test_two_processes_at_once(place):
+    command = [sys.executable, str(SCRIPT), json.dumps(place), "300"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) for _ in range(2)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    store = open_chroma(HashedEmbeddings(), "passages", **place)
+    assert sorted(m["number"] for m in store.get()["metadatas"]) == list(range(300))
+
+
+def test_the_server_stops_and_comes_back(server, place, monkeypatch, caplog):
+    monkeypatch.setattr(_indexing, "_WAITS", (0.1,) * 300)
+    embeddings = HashedEmbeddings()
+    store = open_chroma(embeddings, "back", **place)
+
+    def disturbed():
+        for number, document in enumerate(passages(300)):
+            if number == 150:
+                server.stop()
+                threading.Timer(0.5, server.start).start()
+            yield document
+
+    assert index_documents(store, disturbed(), batch_size=40).added == 300
+    assert embeddings.embedded == 300
+    assert len(store.similarity_search("passage 1", k=300)) == 300
+    assert "Chroma did not answer" in caplog.text
+
+
+def test_the_server_stays_away(server, place, monkeypatch):
+    monkeypatch.setattr(_indexing, "_WAITS", (0.01, 0.01))
+    store = open_chroma(HashedEmbeddings(), "away", **place)
+
+    def disturbed():
+        yield from passages(100)
+        server.stop()
+        yield from passages(200)[100:]
+
+    with pytest.raises(ConnectionError, match=r"did not answer for .* Start it and run this again"):
+        index_documents(store, disturbed(), batch_size=40)
+    server.start()
+    done = index_documents(store, passages(200), batch_size=40)
+    assert (done.added, done.skipped) == (120, 80)

@@ -1,0 +1,163 @@
+"""Which embeddings a collection takes, and which collections embeddings take over."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import chromadb
+import numpy as np
+import pytest
+from hashed_embeddings import HashedEmbeddings
+from langchain_chroma import Chroma
+from langchain_core.documents import Document
+from langchain_core.embeddings import DeterministicFakeEmbedding
+
+from langchain_bge_dense import BGEM3Embeddings
+from langchain_bge_dense._collection import Identity, fingerprint_of, same_model
+from langchain_bge_dense.chroma import index_documents, open_chroma
+
+COSINE = {"hnsw": {"space": "cosine"}}
+
+
+@pytest.fixture
+def client(tmp_path):
+    return chromadb.PersistentClient(str(tmp_path))
+
+
+@pytest.fixture
+def embeddings() -> HashedEmbeddings:
+    return HashedEmbeddings()
+
+
+def reopen(embeddings, client):
+    return open_chroma(embeddings, "notes", client=client)
+
+
+def plain(embeddings, client, configuration=COSINE, **options) -> Chroma:
+    return Chroma(
+        "notes", embeddings, client=client, collection_configuration=configuration, **options
+    )
+
+
+class TestIdentity:
+    def test_of_embeddings_that_have_one(self, tiny):
+        assert Identity.of(tiny) == (tiny.fingerprint, tiny.dimension)
+
+    def test_of_embeddings_with_a_model(self):
+        assert fingerprint_of(HashedEmbeddings(model="m")) == "hashed_embeddings.HashedEmbeddings m"
+
+    @pytest.mark.parametrize(
+        ("attributes", "expected"),
+        [
+            ({"model_name": "b"}, "types.SimpleNamespace b"),
+            ({"model": object(), "model_name": "b"}, "types.SimpleNamespace b"),
+            ({"fingerprint": "own", "model": "a"}, "own"),
+            ({"fingerprint": None, "model": "a"}, "types.SimpleNamespace a"),
+        ],
+    )
+    def test_of_other_attributes(self, attributes, expected):
+        assert fingerprint_of(SimpleNamespace(**attributes)) == expected
+
+    def test_of_embeddings_without_anything(self):
+        name = "langchain_core.embeddings.fake.DeterministicFakeEmbedding"
+        assert Identity.of(DeterministicFakeEmbedding(size=7)) == (name, 7)
+
+    @pytest.mark.parametrize(
+        ("one", "other", "same"),
+        [
+            ("a@0123456789ab pooling=cls", "b@0123456789ab pooling=cls", True),
+            ("org/a@0123456789ab x", "me@home/a@0123456789ab x", True),
+            ("a@0123456789ab pooling=cls", "a@0123456789ab pooling=mean", False),
+            ("a@0123456789ab pooling=cls", "a@ba9876543210 pooling=cls", False),
+            ("a@0123456789ab x='@0123456789ab y'", "a@0123456789ab y'", False),
+            ("module.One a@b", "module.Two a@b", False),
+            ("same", "same", True),
+        ],
+    )
+    def test_same_model(self, one, other, same):
+        assert same_model(one, other) is same
+
+
+class TestKnownCollections:
+    def test_the_same_model(self, embeddings, client):
+        before = reopen(embeddings, client)._collection.metadata
+        after = reopen(HashedEmbeddings(), client)._collection.metadata
+        assert before == after
+        assert after["embedding_dimension"] == 8
+
+    def test_another_model(self, embeddings, client):
+        index_documents(reopen(embeddings, client), [Document("one")])
+        with pytest.raises(
+            ValueError, match=r"'notes' holds vectors of .*Embeddings hash', not of "
+        ):
+            reopen(HashedEmbeddings(model="other"), client)
+        assert reopen(embeddings, client).get()["documents"] == ["one"]
+
+    def test_another_dimension(self, embeddings, client):
+        reopen(embeddings, client)
+        with pytest.raises(ValueError, match=r"vectors of 8 numbers.* have 16.* collection_name"):
+            reopen(HashedEmbeddings(16), client)
+
+    def test_metadata_of_the_first_opening_stays(self, embeddings, client):
+        for owner in ("first", "second"):
+            store = open_chroma(
+                embeddings, "notes", client=client, collection_metadata={"owner": owner}
+            )
+            assert store._collection.metadata["owner"] == "first"
+
+    def test_a_copied_checkpoint_is_the_same_model(self, tiny, tiny_checkpoint, tmp_path, client):
+        copy = shutil.copytree(tiny_checkpoint, tmp_path / "renamed")
+        index_documents(reopen(tiny, client), [Document("one")])
+        same = BGEM3Embeddings(model=copy, device="cpu")
+        assert reopen(same, client).get()["documents"] == ["one"]
+        other = BGEM3Embeddings(model=copy, device="cpu", document_instruction="passage: ")
+        with pytest.raises(ValueError, match="document_instruction='passage: '"):
+            reopen(other, client)
+
+
+class TestPlainCollections:
+    def test_empty_in_cosine_space(self, embeddings, client):
+        plain(embeddings, client, collection_metadata={"owner": "me"})
+        metadata = reopen(embeddings, client)._collection.metadata
+        assert metadata["owner"] == "me"
+        assert metadata["embedding_fingerprint"] == fingerprint_of(embeddings)
+        with pytest.raises(ValueError, match="holds vectors of"):
+            reopen(HashedEmbeddings(model="other"), client)
+
+    def test_cosine_space_named_in_the_metadata(self, embeddings, client):
+        plain(embeddings, client, None, collection_metadata={"hnsw:space": "cosine"})
+        store = reopen(embeddings, client)
+        assert store._collection.configuration_json["hnsw"]["space"] == "cosine"
+        assert index_documents(store, [Document("one")]).added == 1
+
+    @pytest.mark.parametrize("space", ["l2", "ip"])
+    def test_another_space(self, embeddings, client, space):
+        before = plain(embeddings, client, {"hnsw": {"space": space}})._collection.metadata
+        with pytest.raises(ValueError, match=f"'notes' has the space '{space}'.*Take another"):
+            reopen(embeddings, client)
+        assert client.get_collection("notes", embedding_function=None).metadata == before
+
+    def test_filled_by_the_same_model(self, embeddings, client):
+        plain(embeddings, client).add_texts(["a long text that costs more", "short"])
+        store = reopen(embeddings, client)
+        assert embeddings.batches[-1] == ["short"]
+        assert "embedding_fingerprint" in store._collection.metadata
+        assert len(store.get()["ids"]) == 2
+
+    def test_filled_by_another_model(self, embeddings, client):
+        plain(HashedEmbeddings(model="other"), client).add_texts(["one"])
+        with pytest.raises(ValueError, match=r"filled by another model than .* has cosine -?0\."):
+            reopen(embeddings, client)
+        assert client.get_collection("notes", embedding_function=None).metadata is None
+
+    def test_filled_with_another_dimension(self, embeddings, client):
+        plain(HashedEmbeddings(16), client).add_texts(["one"])
+        with pytest.raises(ValueError, match="holds vectors of 16 numbers"):
+            reopen(embeddings, client)
+
+    def test_filled_without_texts(self, embeddings, client):
+        vectors = np.eye(8, dtype=np.float32)[:2]
+        plain(embeddings, client)._collection.upsert(ids=["a", "b"], embeddings=vectors)
+        with pytest.raises(ValueError, match="has vectors and no texts"):
+            reopen(embeddings, client)

@@ -1,0 +1,301 @@
+"""One instance under threads and coroutines, and the life of the model that instances share."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from langchain_bge_dense import BGEM3Embeddings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from langchain_bge_dense._encoder import Row, Signals
+
+WAIT = 20.0  # seconds; only a test that fails takes so long
+WORDS = ("all", "human", "beings", "are", "born", "free", "and", "equal", "in", "dignity")
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, 40))) for _ in range(count)]
+
+
+def alike(vectors: list[list[float]], others: list[list[float]]) -> bool:
+    return np.allclose(vectors, others, rtol=0, atol=1e-6)
+
+
+def threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("bge-m3")}
+
+
+@pytest.fixture
+def own(tiny_checkpoint: Path) -> BGEM3Embeddings:
+    """Embeddings that share their model with no fixture, for tests of its life."""
+    return BGEM3Embeddings(model=tiny_checkpoint, device="cpu", dtype="float32", pooling="mean")
+
+
+class Gate:
+    """Stands before an encoder's `forward`: counts texts and batches, and can hold one up."""
+
+    def __init__(self, forward: Callable[..., list[Row]]) -> None:
+        self._forward = forward
+        self.batches: list[int] = []
+        self.entered = threading.Event()
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def __call__(self, batch: list[NDArray[np.int32]], signals: Signals) -> list[Row]:
+        self.batches.append(len(batch))
+        self.entered.set()
+        assert self.go_on.wait(WAIT)
+        return self._forward(batch, signals)
+
+
+@pytest.fixture
+def gate(tiny: BGEM3Embeddings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    encoder = tiny._loaded().encoder
+    gate = Gate(encoder.forward)
+    monkeypatch.setattr(encoder, "forward", gate)
+    yield gate
+    gate.go_on.set()
+
+
+def test_sixteen_threads_get_what_one_gets(tiny: BGEM3Embeddings) -> None:
+    passages = texts(160)
+    alone = tiny.embed_documents(passages)
+    parts = [slice(start, start + 10) for start in range(0, 160, 10)]
+    with ThreadPoolExecutor(16) as pool:
+        documents = list(pool.map(lambda part: tiny.embed_documents(passages[part]), parts))
+        queries = list(pool.map(tiny.embed_query, passages))
+    assert all(alike(found, alone[part]) for found, part in zip(documents, parts, strict=True))
+    assert alike(queries, alone)
+
+
+async def test_sixty_four_coroutines_get_what_one_gets(tiny: BGEM3Embeddings) -> None:
+    passages = texts(320)
+    alone = tiny.embed_documents(passages)
+    parts = [slice(start, start + 5) for start in range(0, 320, 5)]
+    found = await asyncio.gather(*(tiny.aembed_documents(passages[part]) for part in parts))
+    assert all(alike(vectors, alone[part]) for vectors, part in zip(found, parts, strict=True))
+
+
+async def test_texts_that_run_alone_give_the_same_floats_to_the_last_bit(
+    tiny: BGEM3Embeddings,
+) -> None:
+    one_by_one = BGEM3Embeddings(**{**tiny.model_dump(), "batch_tokens": 1})
+    passages = texts(64)
+    alone = one_by_one.embed_documents(passages)
+    queries = asyncio.gather(*(one_by_one.aembed_query(passage) for passage in passages))
+    with ThreadPoolExecutor(16) as pool:
+        documents = list(pool.map(lambda text: one_by_one.embed_documents([text])[0], passages))
+    assert documents == alone
+    assert await queries == alone
+
+
+async def test_a_thousand_queries_at_once_share_batches(tiny: BGEM3Embeddings, gate: Gate) -> None:
+    queries = texts(1_000, seed=1)
+    at_once = await asyncio.gather(*(tiny.aembed_query(query) for query in queries))
+    assert sum(gate.batches) == 1_000
+    assert len(gate.batches) < 250
+    assert alike(at_once, tiny.embed_documents(queries))
+
+
+async def test_no_thread_is_made_for_a_call(tiny: BGEM3Embeddings) -> None:
+    await tiny.aembed_documents(["once, so that the model's own threads are there"])
+    before = threading.active_count()
+    calls = asyncio.gather(*(tiny.aembed_query(text) for text in texts(100)))
+    await asyncio.sleep(0)
+    assert threading.active_count() == before
+    await calls
+
+
+async def test_the_event_loop_goes_on_through_a_long_call(
+    tiny: BGEM3Embeddings, gate: Gate
+) -> None:
+    """Each batch waits for the loop, which would never let it go on if the call held it up."""
+    call = asyncio.create_task(tiny.aembed_documents(texts(600)))
+    gate.go_on.clear()
+    ticks = 0
+    while not call.done():
+        await asyncio.sleep(0.001)
+        if gate.entered.is_set():
+            ticks += 1
+            gate.entered.clear()
+            gate.go_on.set()
+            await asyncio.sleep(0)
+            gate.go_on.clear()
+    gate.go_on.set()
+    assert len(await call) == 600
+    assert ticks > 5
+
+
+async def test_a_query_overtakes_a_long_call(tiny: BGEM3Embeddings, gate: Gate) -> None:
+    gate.go_on.clear()
+    bulk = asyncio.create_task(tiny.aembed_documents(texts(200)))
+    await asyncio.to_thread(gate.entered.wait, WAIT)
+    query = asyncio.create_task(tiny.aembed_query("free and equal"))
+    await asyncio.sleep(0)
+    gate.go_on.set()
+    await query
+    assert not bulk.done()
+    assert gate.batches[1] == 1
+    assert len(await bulk) == 200
+
+
+@pytest.mark.parametrize("count", [1, 1_000])
+async def test_a_cancelled_coroutine_drops_its_texts(
+    tiny: BGEM3Embeddings, gate: Gate, count: int
+) -> None:
+    gate.go_on.clear()
+    running = asyncio.create_task(tiny.aembed_query("the one that runs"))
+    await asyncio.to_thread(gate.entered.wait, WAIT)
+    gone = asyncio.create_task(tiny.aembed_documents(texts(count)))
+    await asyncio.sleep(0.01)
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    gate.go_on.set()
+    await running
+    await tiny.aembed_documents(["the next one"])
+    assert gate.batches == [1, 1]
+
+
+async def test_a_call_that_times_out_leaves_the_instance_usable(
+    tiny: BGEM3Embeddings, gate: Gate
+) -> None:
+    gate.go_on.clear()
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(tiny.aembed_documents(texts(1_000)), 0.05)
+    gate.go_on.set()
+    assert len(await tiny.aembed_query("free")) == 32
+
+
+def test_two_event_loops_one_after_the_other(tiny: BGEM3Embeddings) -> None:
+    first = asyncio.run(tiny.aembed_query("free and equal"))
+    assert asyncio.run(tiny.aembed_query("free and equal")) == first
+
+
+async def test_a_bad_text_of_one_coroutine_is_no_one_elses(tiny: BGEM3Embeddings) -> None:
+    strict = BGEM3Embeddings(**{**tiny.model_dump(), "on_truncate": "raise", "max_length": 8})
+    calls = [strict.aembed_documents(["free", text]) for text in ("equal", "and " * 50, "\ud800")]
+    good, long, broken = await asyncio.gather(*calls, return_exceptions=True)
+    assert np.shape(good) == (2, 32)
+    assert "Text 1 has" in str(long)
+    assert "surrogate" in str(broken)
+
+
+def test_a_stream_that_is_left_early_drops_the_rest(tiny: BGEM3Embeddings, gate: Gate) -> None:
+    stream = tiny.embed_stream(iter(texts(6_000)))
+    next(stream)
+    gate.go_on.clear()
+    gate.entered.clear()
+    assert gate.entered.wait(WAIT)
+    stream.close()
+    gate.go_on.set()
+    ran = sum(gate.batches)
+    tiny.embed_query("free")
+    tiny.embed_documents(["free"])
+    assert sum(gate.batches) == ran + 2
+
+
+def test_instances_with_equal_settings_share_one_model_and_its_threads(
+    own: BGEM3Embeddings,
+) -> None:
+    before = threads()
+    own.embed_documents(["free", "and"])
+    made = threads() - before
+    twin = BGEM3Embeddings(**own.model_dump())
+    twin.embed_documents(["equal", "too"])
+    assert len(made) == 2
+    assert threads() - before == made
+    own.close()
+    assert len(twin.embed_query("the twin still has it")) == 32
+    assert threads() - before == made
+    twin.close()
+    assert threads() == before
+
+
+def test_a_closed_instance_loads_its_model_again(own: BGEM3Embeddings) -> None:
+    vector = own.embed_query("free")
+    own.close()
+    own.close()
+    assert own.embed_query("free") == vector
+    own.close()
+
+
+def test_the_end_of_an_instance_ends_its_threads(own: BGEM3Embeddings) -> None:
+    before = threads()
+    # Nobody but this instance and the cycle that it is in holds the model.
+    cycle: list[object] = [BGEM3Embeddings(**own.model_dump())]
+    cycle.append(cycle)
+    cycle[0].embed_documents(["free", "and"])
+    assert len(threads() - before) == 2
+    del cycle
+    gc.collect()
+    assert threads() == before
+
+
+def test_closing_lets_a_running_call_end(own: BGEM3Embeddings) -> None:
+    before = threads()
+    with held(own) as gate, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(own.embed_documents, texts(300))
+        assert gate.entered.wait(WAIT)
+        own.close()
+        gate.go_on.set()
+        assert len(call.result(WAIT)) == 300
+    del gate
+    assert threads() == before
+
+
+async def test_closing_lets_a_running_coroutine_end(own: BGEM3Embeddings) -> None:
+    before = threads()
+    with held(own) as gate:
+        call = asyncio.create_task(own.aembed_documents(texts(300)))
+        await asyncio.to_thread(gate.entered.wait, WAIT)
+        own.close()
+        gate.go_on.set()
+        assert len(await call) == 300
+    del gate
+    assert threads() == before
+
+
+@contextmanager
+def held(embeddings: BGEM3Embeddings) -> Iterator[Gate]:
+    encoder = embeddings._loaded().encoder
+    gate = Gate(encoder.forward)
+    gate.go_on.clear()
+    encoder.forward = gate
+    yield gate
+    del encoder.forward
+
+
+def test_closing_while_others_embed_never_breaks_a_call(own: BGEM3Embeddings) -> None:
+    """Calls find the model, wait for it or load it anew, whatever the moment."""
+    expected = own.embed_query("free and equal")
+    done = threading.Event()
+
+    def close() -> None:
+        while not done.wait(0.02):
+            own.close()
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(own.embed_query, ["free and equal"] * 60))
+    finally:
+        done.set()
+        closing.join()
+    assert alike(found, [expected] * 60)
+    own.close()

@@ -1,0 +1,132 @@
+"""What of a document Chroma can keep, and its id."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hashed_embeddings import HashedEmbeddings
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.documents import Document
+
+from langchain_bge_dense._records import record
+from langchain_bge_dense.chroma import index_documents, open_chroma
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+scalars = st.one_of(
+    texts,
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False, allow_infinity=False),
+)
+lists = st.one_of(
+    st.lists(kind, min_size=1, max_size=3)
+    for kind in (texts, st.booleans(), st.integers(-(2**63), 2**63 - 1))
+)
+keys = texts.filter(lambda key: key and key[0] not in "#$" and key != "chroma:document")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(texts, st.dictionaries(keys, scalars | lists, max_size=3)), max_size=3))
+def test_whatever_passes_is_kept_as_it_was(contents):
+    store = open_chroma(HashedEmbeddings(2))
+    documents = [Document(text, metadata=metadata) for text, metadata in contents]
+    index_documents(store, documents)
+    found = store.get()
+    kept = zip(found["documents"], (m or {} for m in found["metadatas"]), strict=True)
+    ids = {record(Document(text, metadata=metadata), 0).id for text, metadata in kept}
+    assert ids == {record(document, 0).id for document in documents} == set(found["ids"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"$ne": ""},
+        {},
+        (1, 2),
+        [],
+        [1, "a"],
+        [1, 2.0],
+        [True, 1],
+        [None],
+        [["a"]],
+        [np.float64(1)],
+        b"bytes",
+        np.int64(1),
+        Path("a"),
+        dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc),
+        object(),
+    ],
+    ids=repr,
+)
+def test_types_that_chroma_cannot_store(value):
+    with pytest.raises(TypeError, match=r"Document 3 has the metadata 'key' = .*Use str, int") as e:
+        record(Document("text", metadata={"good": 1, "key": value}), 3)
+    assert repr(value) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, [1.0, math.nan], 2**63, -(2**63) - 1, [2**63]], ids=repr
+)
+def test_numbers_that_chroma_cannot_store(value):
+    with pytest.raises(ValueError, match=r"Document 3 has the metadata 'key' = .*finite floats"):
+        record(Document("text", metadata={"key": value}), 3)
+
+
+@pytest.mark.parametrize("key", ["", "$or", "$contains", "#id", "chroma:document"])
+def test_keys_that_chroma_keeps_for_itself(key):
+    with pytest.raises(ValueError, match=r"Document 3 has the metadata key .*Rename it"):
+        record(Document("text", metadata={key: "value"}), 3)
+
+
+def test_keys_that_are_not_text():
+    with pytest.raises(TypeError, match="Document 3 has the metadata key 1, which is int"):
+        record(Document("text", metadata={1: "value"}), 3)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        Document("a\ud800b"),
+        Document("text", metadata={"key": "\udfff"}),
+        Document("text", metadata={"\udfff": "value"}),
+        Document("text", metadata={"key": ["\udfff"]}),
+    ],
+)
+def test_lone_surrogates(document):
+    with pytest.raises(ValueError, match="Document 3 has a lone surrogate"):
+        record(document, 3)
+
+
+@pytest.mark.parametrize(
+    "item", ["text", None, {"page_content": "text"}, Document.model_construct(page_content=None)]
+)
+def test_items_that_are_no_documents(item):
+    with pytest.raises(TypeError, match=r"Item 3 is .*, not a Document with text"):
+        record(item, 3)
+
+
+def test_ids_tell_contents_apart():
+    contents = [
+        ("a", {}),
+        ("a", {"k": 1}),
+        ("a", {"k": 1.0}),
+        ("a", {"k": True}),
+        ("a", {"k": "1"}),
+        ("a", {"k": [1]}),
+        ("a", {"l": 1}),
+        ('a", {"k": 1', {}),
+        ("", {}),
+    ]
+    ids = {record(Document(text, metadata=metadata), 0).id for text, metadata in contents}
+    assert len(ids) == len(contents)
+
+
+def test_ids_are_of_content_alone():
+    one = record(Document("a", metadata={"k": 1, "l": "é"}, id="mine"), 0).id
+    assert one == record(Document("a", metadata={"l": "é", "k": 1, "none": None}), 9).id
+    assert one.startswith("5ee8763fe426")  # another would embed everybody's documents again
