@@ -7,14 +7,15 @@ no LangChain and no model: only an encoder with `tokenize`, `forward` and `colle
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import threading
 import weakref
 from functools import reduce
 from operator import or_
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from langchain_bge_dense._encoder import Row, Signals, Vectors
 from langchain_bge_dense._jobs import Item, Job, Waiting
@@ -29,6 +30,7 @@ _STOP_SECONDS = 10.0
 # Texts tokenised before it is the next caller's turn.
 _TOKENIZED_AT_ONCE = 256
 
+_THREADS = "bge-m3-"
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 _quieted = False
@@ -74,26 +76,20 @@ class Scheduler:
                 self._need("tokenizer", self._tokenize_next)
                 self._untokenized.put(job)
 
-    def stop(self, *, now: bool = False) -> None:
-        """Drop what waits, and return once the running batch is through.
-
-        Args:
-            now: End that batch, too, at the next line of Python that it comes to.
-        """
+    def stop(self) -> None:
+        """Drop what waits, and return once the running batch is through."""
         with self._lock:
             self._stopped = True
         self._inbox.put(None)
         self._untokenized.put(None)
         for thread in self._threads.values():
-            if now:
-                _interrupt(thread)
             if thread is not threading.current_thread():
                 thread.join(_STOP_SECONDS)
 
     def _need(self, name: str, step: Callable[[], bool]) -> None:
         if name not in self._threads:
             thread = threading.Thread(
-                target=_repeat, args=(step,), name=f"bge-m3-{name}", daemon=True
+                target=_repeat, args=(step,), name=_THREADS + name, daemon=True
             )
             thread.start()
             self._threads[name] = thread
@@ -215,15 +211,17 @@ def _part(vectors: Vectors, start: int, stop: int) -> Vectors:
     )
 
 
-def _interrupt(thread: threading.Thread) -> None:
-    ident = ctypes.c_ulong(thread.ident or 0)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
-
-
 def _stop_all() -> None:
     # A thread that comes back from PyTorch to an interpreter that is gone aborts the process.
+    register_module_forward_pre_hook(_leave_batch)
     for scheduler in list(_schedulers):
-        scheduler.stop(now=True)
+        scheduler.stop()
+
+
+def _leave_batch(_module: Any, _inputs: Any) -> None:
+    """End a batch at its next layer; run by PyTorch at each once Python is exiting."""
+    if threading.current_thread().name.startswith(_THREADS):
+        raise SystemExit
 
 
 def _before_fork() -> None:

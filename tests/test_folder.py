@@ -53,7 +53,8 @@ def contents(folder: Path) -> dict[str, tuple[str, str, bytes]]:
     found = store._collection.get(include=["documents", "metadatas", "embeddings"])
     vectors = np.asarray(found["embeddings"], np.float32)
     assert len(store.similarity_search("anything", k=len(vectors))) == len(vectors)
-    rows = zip(found["documents"], map(repr, found["metadatas"]), map(bytes, vectors), strict=True)
+    metadatas = (json.dumps(metadata, sort_keys=True) for metadata in found["metadatas"])
+    rows = zip(found["documents"], metadatas, map(bytes, vectors), strict=True)
     return dict(zip(found["ids"], rows, strict=True))
 
 

