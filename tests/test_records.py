@@ -37,9 +37,9 @@ def test_whatever_passes_is_kept_as_it_was(contents):
     documents = [Document(text, metadata=metadata) for text, metadata in contents]
     index_documents(store, documents)
     found = store.get()
-    kept = zip(found["documents"], (m or {} for m in found["metadatas"]), strict=True)
-    ids = {record(Document(text, metadata=metadata), 0).id for text, metadata in kept}
-    assert ids == {record(document, 0).id for document in documents} == set(found["ids"])
+    metadatas = (metadata or {} for metadata in found["metadatas"])
+    kept = zip(found["ids"], zip(found["documents"], metadatas, strict=True), strict=True)
+    assert dict(kept) == {record(d, 0).id: (d.page_content, d.metadata) for d in documents}
 
 
 @pytest.mark.parametrize(
