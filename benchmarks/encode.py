@@ -32,9 +32,6 @@ QUERY_TOKENS = (30, 10)
 OURS = {
     "ours, torch float32": {"backend": "torch", "dtype": "float32"},
     "ours, torch bfloat16": {"backend": "torch", "dtype": "bfloat16"},
-    "ours, OpenVINO float32": {"backend": "openvino", "dtype": "float32"},
-    "ours, OpenVINO bfloat16": {"backend": "openvino", "dtype": "bfloat16"},
-    "ours, OpenVINO int8": {"backend": "openvino", "dtype": "int8"},
 }
 FLAG, HUGGINGFACE, ST_OPENVINO = (
     "BGEM3FlagModel",

@@ -24,9 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 RUNS = {
     "PyTorch float32": {"backend": "torch", "dtype": "float32"},
     "PyTorch bfloat16": {"backend": "torch", "dtype": "bfloat16"},
-    "OpenVINO float32": {"backend": "openvino", "dtype": "float32"},
-    "OpenVINO bfloat16": {"backend": "openvino", "dtype": "bfloat16"},
-    "OpenVINO int8": {"backend": "openvino", "dtype": "int8"},
 }
 
 

@@ -46,10 +46,10 @@ class ModelSettings(BaseModel):
     """Never ask the hub: what is not in the cache is an error."""
     device: str = "auto"
     """`"auto"` (CUDA, then MPS, then CPU) or any torch device."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`"auto"`: float16 on CUDA and MPS; on a CPU bfloat16 where it has it in hardware."""
-    backend: Literal["auto", "torch", "openvino"] = "auto"
-    """`"auto"`: OpenVINO on a CPU where it is installed, else PyTorch."""
+    backend: Literal["auto", "torch"] = "auto"
+    """What runs the model: `"auto"` is PyTorch."""
     pooling: Literal["auto", "cls", "mean"] = "auto"
     """`"auto"`: what the checkpoint's `1_Pooling/config.json` says, else cls."""
     normalize: bool = True

@@ -155,6 +155,7 @@ def index_documents(
 
     Example:
         >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+        >>> from langchain_core.documents import Document
         >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
         >>> notes = [Document("one"), Document("two"), Document("one")]
         >>> index_documents(store, notes)
@@ -194,6 +195,7 @@ async def aindex_documents(
     Example:
         >>> import asyncio
         >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+        >>> from langchain_core.documents import Document
         >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
         >>> asyncio.run(aindex_documents(store, [Document("one")]))
         IndexResult(added=1, skipped=0, truncated=0)
