@@ -25,6 +25,7 @@ from langchain_bge_dense.embeddings import BGEM3Embeddings
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from chromadb import Collection
     from langchain_core.documents import Document
     from langchain_core.embeddings import Embeddings
     from numpy.typing import NDArray
@@ -82,7 +83,7 @@ class Run:
         self.batch_size = min(batch_size, _patiently(client.get_max_batch_size))
         self._index = self._ask(0, lambda: index_of(store, create=True)) if lexical else None
         if self._index is not None:
-            self._ask(0, self._index.sync)
+            self._ask(0, self._index.sync, self._index.log)
         self._added = self._seen = self._truncated = 0
 
     def add(self, chunk: Sequence[Document]) -> None:
@@ -105,16 +106,16 @@ class Run:
         index, weights = self._index, encoded.weights
         if index is not None and weights is not None:
             ids, texts = columns["ids"], columns["documents"]
-            self._ask(len(ids), lambda: index.add(ids, texts, weights))
+            self._ask(1, lambda: index.add(ids, texts, weights), index.log)
         self._ask(len(records), lambda: self._collection.upsert(**columns))
         self._truncated += encoded.truncated
 
-    def _ask(self, coming: int, call: Callable[[], T]) -> T:
+    def _ask(self, coming: int, call: Callable[[], T], collection: Collection | None = None) -> T:
         """Call Chroma, which is on a server, in memory, or in a folder that is to be guarded."""
         if self._folder is None:
             return _patiently(call)
         try:
-            with guarded(self._folder, self._collection, coming):
+            with guarded(self._folder, collection or self._collection, coming):
                 return call()
         except InternalError as error:
             raise no_room(self._folder, error) from error

@@ -143,7 +143,7 @@ class LexicalIndex:
     """
 
     def __init__(self, log: Collection) -> None:
-        self._log = log
+        self.log = log
         self._lock = threading.Lock()
         self._seen: set[str] = set()
         self._ids: list[str] = []
@@ -154,9 +154,9 @@ class LexicalIndex:
     def sync(self) -> None:
         """Read the entries that were added since the last time, by whomever."""
         with self._lock:
-            new = [key for key in self._log.get(include=[])["ids"] if key not in self._seen]
+            new = [key for key in self.log.get(include=[])["ids"] if key not in self._seen]
             for start in range(0, len(new), _PAGE):
-                found = self._log.get(ids=new[start : start + _PAGE], include=["metadatas"])
+                found = self.log.get(ids=new[start : start + _PAGE], include=["metadatas"])
                 self._add([_unpacked(str(entry["batch"])) for entry in found["metadatas"] or []])
                 self._seen.update(found["ids"])
 
@@ -164,7 +164,7 @@ class LexicalIndex:
         self, ids: Sequence[str], texts: Sequence[str], weights: Sequence[Mapping[int, float]]
     ) -> None:
         """Write a batch of passages to the log."""
-        append(self._log, ids, texts, weights)
+        append(self.log, ids, texts, weights)
 
     def __contains__(self, passage: str) -> bool:
         return passage in self._latest

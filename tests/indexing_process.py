@@ -1,9 +1,9 @@
 """Indexes documents into Chroma as a process of its own, to be killed.
 
-    python indexing_process.py '{"persist_directory": "db"}' 1000 [document to die at]
+    python indexing_process.py '{"persist_directory": "db"}' 1000 [die]
 
-Prints the position of each document that it reads, and the counts when it is done. With a position
-to die at, it kills itself once that document is read, where Chroma rewrites its vector index.
+Prints the position of each document that it reads, and the counts when it is done. With `die` it
+kills itself where Chroma rewrites its vector index.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def die_rewriting(store, folder: Path) -> None:
 
     def upsert_and_die(**columns) -> None:
         if any(folder.glob("*.copy")):
-            for file in folder.glob("*-*-*-*[!y]/*"):
+            for file in folder.glob("*-????????????/*"):
                 file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         upsert(**columns)

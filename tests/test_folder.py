@@ -16,6 +16,7 @@ from hashed_embeddings import HashedEmbeddings
 from langchain_core.documents import Document
 
 from langchain_bge_dense import _folder
+from langchain_bge_dense._lexical import index_of
 from langchain_bge_dense.chroma import index_documents, open_chroma
 
 COUNT = 1_100  # Chroma rewrites its index at 1,000
@@ -141,3 +142,22 @@ def test_no_room_for_a_copy(tmp_path, monkeypatch):
             index_documents(store, documents)
     assert len(store.get()["ids"]) == 768
     assert index_documents(store, documents).added == 1_200 - 768
+
+
+def test_the_log_of_lexical_weights_is_guarded_too(tmp_path, tiny):
+    store = open_chroma(tiny, persist_directory=tmp_path)
+    index_documents(store, [Document("first")], lexical=True)
+    log = index_of(store, create=False).log
+    [entry] = log.get()["metadatas"]
+    many = {"ids": [str(n) for n in range(995)], "embeddings": np.ones((995, 1), np.float32)}
+    log.upsert(**many, metadatas=[entry] * 995)
+    upsert, copies = log.upsert, []
+
+    def watched(**columns):
+        copies.append(len(list(tmp_path.glob("*.copy"))))
+        upsert(**columns)
+
+    log.upsert = watched
+    documents = [Document(str(number)) for number in range(6)]
+    assert index_documents(store, documents, batch_size=1, lexical=True).added == 6
+    assert copies == [0, 0, 0, 1, 0, 0]
