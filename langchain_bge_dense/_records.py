@@ -57,6 +57,8 @@ def record(document: Any, position: int) -> Record:
     for key, value in metadata.items():
         _check_key(key, position)
         _check_value(key, value, position)
+        if isinstance(value, float):
+            metadata[key] = value + 0.0  # -0.0 is 0.0, and gets the same id
     text = document.page_content
     return Record(_hash(text, metadata, position), text, metadata, position)
 
