@@ -161,7 +161,7 @@ class Reading(AbstractContextManager[None]):
         """Raise the `ValueError`."""
         if not isinstance(error, Exception) or isinstance(error, self._spared):
             return
-        text = str(error).strip().partition("\n")[0]
+        text = str(error).strip().partition("\n")[0].rstrip(" .")
         raise ValueError(damaged(self._file, f"{type(error).__name__}: {text}")) from error
 
 

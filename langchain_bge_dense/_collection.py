@@ -228,7 +228,7 @@ def _check_sample(
     if not cosine >= _SAME_COSINE:
         msg = (
             f"Collection {collection.name!r} was filled by another model than "
-            f"{fingerprint_of(embeddings)!r}: a stored text embedded again has cosine {cosine:.2f} "
+            f"{fingerprint_of(embeddings)!r}: a stored text embedded again has cosine {cosine:.3f} "
             f"to its stored vector. Open it with the first model, {_WAYS_OUT}"
         )
         raise ValueError(msg)

@@ -3,7 +3,7 @@
     python indexing_process.py '{"persist_directory": "db"}' 1000 [die]
 
 Prints the position of each document that it reads, and the counts when it is done. With `die` it
-kills itself where Chroma rewrites its vector index.
+kills itself where Chroma rewrites its vector index for the second time.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def documents(count: int, first: int = 0) -> Iterator[Document]:
 
 
 def die_rewriting(store, folder: Path) -> None:
-    """Do to the index what a killed Chroma leaves: files emptied and half written."""
+    """Do to the index what a killed Chroma leaves, once there is one: files half written."""
     upsert = store._collection.upsert
 
     def upsert_and_die(**columns) -> None:
-        if any(folder.glob("*.copy")):
+        if any(folder.glob("*.copy/index_metadata.pickle")):
             for file in folder.glob("*-????????????/*"):
                 file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
             os.kill(os.getpid(), signal.SIGKILL)

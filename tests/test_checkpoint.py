@@ -166,7 +166,7 @@ DAMAGES = {
         "special_tokens_map.json",
         "JSON",
     ),
-    "tokenizer of another kind": (without_tokens, "checkpoint", "no tokens but the special ones"),
+    "tokenizer of another kind": (without_tokens, "checkpoint", "ownload"),
 }
 
 

@@ -145,6 +145,17 @@ class TestPlainCollections:
         assert "embedding_fingerprint" in store._collection.metadata
         assert len(store.get()["ids"]) == 2
 
+    def test_filled_by_the_same_model_in_another_dtype(self, embeddings, client):
+        one, *_ = np.eye(8)
+        near, far = (np.array([c, np.sqrt(1 - c * c), *np.zeros(6)]) for c in (0.991, 0.989))
+        embeddings.embed_documents = lambda _: [one.tolist()]
+        collection = plain(embeddings, client)._collection
+        collection.upsert(ids=["a"], embeddings=[far.tolist()], documents=["one"])
+        with pytest.raises(ValueError, match=r"has cosine 0\.989 to"):
+            reopen(embeddings, client)
+        collection.upsert(ids=["a"], embeddings=[near.tolist()], documents=["one"])
+        assert "embedding_fingerprint" in reopen(embeddings, client)._collection.metadata
+
     def test_filled_by_another_model(self, embeddings, client):
         plain(HashedEmbeddings(model="other"), client).add_texts(["one"])
         with pytest.raises(ValueError, match=r"filled by another model than .* has cosine -?0\."):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -123,16 +124,25 @@ CODE_OF_TOKENIZERS = {"AutoTokenizer": ["evil.Model", "evil.Other"]}
     [
         ("config.json", {"auto_map": CODE_OF_MODELS}),
         ("tokenizer_config.json", {"auto_map": CODE_OF_TOKENIZERS}),
-        ("tokenizer_config.json", {"auto_map": CODE_OF_TOKENIZERS, "tokenizer_class": "Evil"}),
-        ("tokenizer_config.json", {"tokenizer_class": "os.system"}),
     ],
-    ids=["model", "tokenizer", "tokenizer of no known kind", "function"],
+    ids=["model", "tokenizer"],
 )
 def test_code_beside_a_model_of_a_known_kind_is_passed_over(
     folder: Path, marker: Path, tiny: BGEM3Embeddings, name: str, settings: dict[str, Any]
 ) -> None:
     with_code(folder, marker, name, **settings)
-    assert load(folder).embed_query(TEXT) == pytest.approx(tiny.embed_query(TEXT), abs=1e-6)
+    assert load(folder).embed_query(TEXT) == tiny.embed_query(TEXT)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"auto_map": CODE_OF_TOKENIZERS}])
+def test_code_for_a_tokenizer_of_no_known_kind_does_not_run(
+    folder: Path, marker: Path, settings: dict[str, Any]
+) -> None:
+    with_code(folder, marker, "tokenizer_config.json", tokenizer_class="os.system", **settings)
+    # transformers 5 passes over such a class; before, it is an error.
+    with contextlib.suppress(ValueError):
+        load(folder)
     assert not marker.exists()
 
 

@@ -21,7 +21,7 @@ from hub_server import Hub, Request, read_folder
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from langchain_bge_dense import BGEM3Embeddings
+from langchain_bge_dense import BGEM3Embeddings, _hub
 from langchain_bge_dense._loading import (
     choose_backend,
     choose_device,
@@ -58,15 +58,19 @@ NOT_NEEDED = (
 )
 SAFE, PICKLED = "org/both-formats", "org/only-pickled"
 
-CLIENT = """
+# A loaded machine may take longer than a bar waits.
+PATIENCE = "from langchain_bge_dense import _loading, _hub; _hub._BAR_AFTER_SECONDS = 600"
+CLIENT = f"""
+{PATIENCE}
 import json, sys
 from langchain_bge_dense._loading import find_folder
 for line in sys.stdin:
     try:
-        answer = {"folder": str(find_folder(**json.loads(line)))}
+        answer = dict(folder=str(find_folder(**json.loads(line))))
     except Exception as error:
         kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
-        answer = {"error": kinds[0], "exact": type(error).__name__ == kinds[0], "text": str(error)}
+        exact = type(error).__name__ == kinds[0]
+        answer = dict(error=kinds[0], exact=exact, text=str(error))
     print(json.dumps(answer), flush=True)
 """
 
@@ -117,7 +121,8 @@ class Client:
 
 def _environment(hub: Hub, home: Path) -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return inherited | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return inherited | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +213,20 @@ class TestDownload:
         before = client.printed
         client.folder(SAFE, tmp_path)
         assert client.printed == before
+
+    @pytest.mark.parametrize(("seconds", "shown"), [(1e-6, True), (600, False)])
+    def test_shows_a_bar_for_what_takes_longer(
+        self,
+        seconds: float,
+        shown: bool,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(_hub, "_BAR_AFTER_SECONDS", seconds)
+        with _hub._LateBar(total=2, desc="Fetching") as bar:
+            bar.update(1)
+            bar.set_description("Fetching weights")
+        assert ("Fetching weights:  50%" in capsys.readouterr().err) == shown
 
     def test_takes_the_revision_that_it_is_told(
         self, hub: Hub, client: Client, tmp_path: Path
@@ -375,10 +394,11 @@ class TestBrokenDownload:
         assert "config.json" not in hub.files
 
 
-LOAD = """
+LOAD = f"""
 import json, sys
 from pathlib import Path
 import huggingface_hub  # before this package could have its telemetry off
+{PATIENCE}
 from langchain_bge_dense import BGEM3Embeddings
 folder, settings, text = json.loads(sys.argv[1])
 vectors = [BGEM3Embeddings(**settings, model=folder).embed_query(text)]
