@@ -8,29 +8,27 @@ python examples/retriever_chain.py --small                      # a small Englis
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import hashlib
-import logging
 import os
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chromadb.errors import ChromaError
+from command_line import EXPECTED, ask, check, exit_status, options
 from folder_loader import FolderLoader
 from langchain_core.documents import Document
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough, chain
 from langchain_text_splitters import RecursiveCharacterTextSplitter
-from terminal import complain, place, read_line, say, show_answer, show_passages
+from terminal import place, say, show_answer, show_passages
 
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense.chroma import index_documents, open_chroma
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterable, Iterator
 
     from langchain_chroma import Chroma
@@ -65,9 +63,6 @@ INSTRUCTION = (
 PROMPT = ChatPromptTemplate.from_messages(
     [("system", INSTRUCTION), ("human", "{context}\n\nQuestion: {question}")]
 )
-
-# What goes wrong without a mistake in this program: no model, no network, a folder in use...
-EXPECTED = (OSError, RuntimeError, ValueError, ImportError, ChromaError)
 
 
 def answer_chain(
@@ -116,7 +111,9 @@ def split(documents: Iterable[Document], embeddings: BGEM3Embeddings) -> Iterato
         yield from splitter.create_documents([text], [document.metadata])
 
 
-def index_folder(store: Chroma, embeddings: BGEM3Embeddings, folder: Path) -> str:
+def index_folder(
+    store: Chroma, embeddings: BGEM3Embeddings, folder: Path, *, lexical: bool = False
+) -> str:
     """Bring a collection up to date with a folder, and say in a line what that took."""
     loader = FolderLoader(folder)
     current = set()
@@ -126,7 +123,7 @@ def index_folder(store: Chroma, embeddings: BGEM3Embeddings, folder: Path) -> st
             current.add(key(passage.page_content, passage.metadata))
             yield passage
 
-    result = index_documents(store, passages(), show_progress=True)
+    result = index_documents(store, passages(), show_progress=True, lexical=lexical)
     removed = remove_stale(store, current, loader.failed)
     return f"{folder}: {len(current)} passages, {result.added} new, {removed} removed"
 
@@ -183,46 +180,11 @@ def answerer(
     return lambda question: show_answer(attempt(answer, question, "No answer"))
 
 
-def converse(answer: Callable[[str], None]) -> None:
-    """Answer questions until an empty line, Ctrl-D or Ctrl-C."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives input() its history and arrow keys
-    print(f'Ask a question, such as "{QUESTIONS[0]}" An empty line ends it.')
-    while question := read_line():
-        answer_or_complain(answer, question)
-
-
-def answer_or_complain(answer: Callable[[str], None], question: str) -> None:
-    """Answer; what goes wrong with one question does not end the conversation."""
-    try:
-        answer(question)
-    except EXPECTED as error:
-        complain(error)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Ask questions of a folder of documents.")
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", default="BAAI/bge-m3", help="hub id or folder of a checkpoint")
-    model.add_argument("--small", action="store_true", help="a small model, English only")
-    parser.add_argument("--documents", type=Path, help="folder to search (default: the handbook)")
-    parser.add_argument("--db", type=Path, help="folder of the database (default: in the cache)")
-    parser.add_argument("-k", type=int, default=4, help="passages per question (default: 4)")
-    parser.add_argument("--query", help="one question (default: a prompt)")
+    parser = options("Ask questions of a folder of documents.")
     parser.add_argument("--llm", metavar="PROVIDER:MODEL", help="chat model that words an answer")
-    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning"])
     return parser.parse_args(arguments)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be answered before anything is loaded."""
-    if args.k < 1:
-        msg = f"-k is {args.k}. Ask for at least one passage."
-        raise ValueError(msg)
-    if args.query is not None and not args.query.strip():
-        msg = "The question is empty. Give --query some words, or leave it out for a prompt."
-        raise ValueError(msg)
 
 
 def choose_model(args: argparse.Namespace) -> tuple[str, Path]:
@@ -257,39 +219,26 @@ def open_collection(embeddings: BGEM3Embeddings, db: Path, folder: Path) -> Chro
         raise ValueError(msg) from error
 
 
+def open_documents(args: argparse.Namespace, *, lexical: bool = False) -> Chroma:
+    """Load the model, and bring the collection of the folder up to date."""
+    model, folder = choose_model(args)
+    embeddings = BGEM3Embeddings(model=model).load()
+    store = open_collection(embeddings, args.db or default_db(embeddings), folder)
+    say(index_folder(store, embeddings, folder, lexical=lexical))
+    return store
+
+
 def run(args: argparse.Namespace) -> None:
     """Index the folder, then answer one question, the built-in ones, or all that are asked."""
     check(args)
     chat_model = load_chat_model(args.llm) if args.llm else None
-    model, folder = choose_model(args)
-    embeddings = BGEM3Embeddings(model=model).load()
-    store = open_collection(embeddings, args.db or default_db(embeddings), folder)
-    say(index_folder(store, embeddings, folder))
-    answer = answerer(scored_retriever(store, args.k), chat_model)
-    if args.query is None and sys.stdin.isatty():
-        converse(answer)
-        return
-    for question in QUESTIONS if args.query is None else [args.query]:
-        print(f"> {question}")
-        answer(question)
+    store = open_documents(args)
+    ask(answerer(scored_retriever(store, args.k), chat_model), args.query, QUESTIONS)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the example and give the exit status."""
-    args = parse(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # not every terminal knows Chinese
-    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s: %(message)s")
-    logging.getLogger("pypdf").setLevel(logging.ERROR)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        say("\nStopped; what has been indexed is kept.")
-        return 130
-    except EXPECTED as error:
-        complain(error)
-        return 2
-    return 0
+    return exit_status(run, parse(arguments))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import retriever_chain
+from command_line import converse
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.documents import Document
@@ -24,7 +25,6 @@ from retriever_chain import (
     QUESTIONS,
     answer_chain,
     answerer,
-    converse,
     load_chat_model,
     main,
     scored_retriever,
@@ -292,7 +292,7 @@ def test_an_error_of_the_chat_model_does_not_end_the_conversation(monkeypatch, c
         raise LookupError
 
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
-    converse(answerer(RETRIEVER, RunnableLambda(fail)))
+    converse(answerer(RETRIEVER, RunnableLambda(fail)), "why?")
     assert capsys.readouterr().err == "Error: No answer: LookupError: LookupError\n" * 2
 
 
