@@ -53,6 +53,8 @@ def test_the_examples_in_docstrings_run(
         "checkpoint": str(tiny_checkpoint),
     }
     assert doctest.testmod(module, extraglobs=given).failed == 0
+    if name == "ray":
+        module.ray.shutdown()
 
 
 def test_every_public_method_has_an_example_or_names_its_twin() -> None:

@@ -1,0 +1,218 @@
+"""BGE-M3 over a Ray Data dataset, for corpora that outgrow one machine.
+
+Needs the extra `ray`. Knows no vector store: reading and writing are Ray's own.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+# Before Ray starts: it would report its usage to its makers.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+try:
+    import pyarrow as pa
+    import ray
+    from ray.data import ActorPoolStrategy
+except ImportError as error:
+    msg = (
+        f"langchain_bge_dense.ray needs {error.name}, which is not installed. "
+        'Install it with: pip install "langchain-bge-dense[ray]"'
+    )
+    raise ImportError(msg, name=error.name) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from ray.data import Dataset
+
+    from langchain_bge_dense.embeddings import BGEM3Embeddings
+
+__all__ = ["embed_dataset"]
+
+_ROWS = 2_048  # embedded at once
+_CORES = 4  # of one actor, where the machine has more
+
+_LEXICAL = pa.map_(pa.int32(), pa.float32())
+
+
+def embed_dataset(  # noqa: PLR0913
+    dataset: Dataset,
+    embeddings: BGEM3Embeddings,
+    *,
+    text_column: str = "text",
+    vector_column: str = "vector",
+    lexical_column: str | None = None,
+    error_column: str = "error",
+    concurrency: int | tuple[int, int] | None = None,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+) -> Dataset:
+    """Add a column of dense vectors to a dataset, on all machines of a Ray cluster.
+
+    Actors each load the model once, from the settings of `embeddings`, its token included: they
+    have to find the checkpoint under the same id or path, and this package installed. A row whose
+    text cannot be embedded keeps its place, with the reason in the error column and null for a
+    vector. A block whose actor dies is embedded again by another one, and arrives once. Rows come
+    in no certain order, unless Ray is told to keep it.
+
+    Args:
+        dataset: Any; with very small blocks the forward passes are small too, which `repartition`
+            changes.
+        embeddings: The settings of the model. `document_instruction` and `on_truncate` hold.
+        text_column: Of strings.
+        vector_column: Added, a list of D float32 of fixed size.
+        lexical_column: Added where it is named, a map of token id to weight.
+        error_column: Added, null where all is well.
+        concurrency: Actors, or the fewest and the most of them; None: what the cluster has GPUs, or
+            groups of cores, for.
+        num_cpus: Cores per actor, and threads of its model. None: none with a GPU, else 4, or as
+            many as the machines have but one, which Ray needs for reading.
+        num_gpus: GPUs per actor, a fraction to share one. None: 1 where the cluster has some and
+            `embeddings.device` allows them.
+
+    Returns:
+        A lazy dataset of the rows with all their columns.
+
+    Raises:
+        ValueError: The text column is not there, or the name of an added one is taken.
+
+    Example:
+        >>> import ray
+        >>> from langchain_bge_dense import BGEM3Embeddings
+        >>> dataset = ray.data.from_items([{"text": "equal rights"}, {"text": None}])
+        >>> embedded = embed_dataset(dataset, BGEM3Embeddings(model=checkpoint))
+        >>> rows = {row["text"]: row for row in embedded.take_all()}
+        >>> len(rows["equal rights"]["vector"]), rows[None]["error"]
+        (32, 'The text is NoneType, not str. Convert it first, or drop it from the list.')
+    """
+    columns = _Columns(text_column, vector_column, lexical_column, error_column)
+    _check(columns, dataset.columns() or [])
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    least, most, taken = _actors(machines, embeddings.device, concurrency, num_cpus, num_gpus)
+    # Ray would join small blocks to batches of a given size, and fail where their types differ.
+    return dataset.map_batches(
+        _Embedder,
+        fn_constructor_args=(embeddings, columns),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=least, max_size=most),
+        **taken,
+    )
+
+
+class _Columns(NamedTuple):
+    text: str
+    vector: str
+    lexical: str | None
+    error: str
+
+
+class _Row(NamedTuple):
+    """What became of one text."""
+
+    vector: np.ndarray[Any, np.dtype[np.float32]] | None  # (D,)
+    weights: dict[int, float] | None
+    error: str | None
+
+
+class _Embedder:
+    """An actor: one loaded model."""
+
+    def __init__(self, embeddings: BGEM3Embeddings, columns: _Columns) -> None:
+        self._embeddings = embeddings
+        self._columns = columns
+        self._encode([])  # a model that cannot be loaded ends the job; it is no row's fault
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        for start in range(0, max(len(block), 1), _ROWS):
+            yield self._embedded(block.slice(start, _ROWS))
+
+    def _embedded(self, table: pa.Table) -> pa.Table:
+        text, vector, lexical, error = self._columns
+        given = text in table.column_names  # a file of many may lack the column
+        texts = table.column(text).to_pylist() if given else [None] * len(table)
+        rows = self._encode(texts)
+        table = table.append_column(vector, _vectors(rows, self._embeddings.dimension))
+        if lexical is not None:
+            weights = [None if row.weights is None else list(row.weights.items()) for row in rows]
+            table = table.append_column(lexical, pa.array(weights, _LEXICAL))
+        return table.append_column(error, pa.array([row.error for row in rows], pa.string()))
+
+    def _encode(self, texts: list[Any]) -> list[_Row]:
+        """Embed texts, by halves where one of them is bad."""
+        try:
+            encoding = self._embeddings.encode(texts, lexical=self._columns.lexical is not None)
+        except (TypeError, ValueError, FloatingPointError) as error:
+            if not texts:
+                raise
+            if len(texts) == 1:
+                return [_Row(None, None, str(error).replace("Text 0 ", "The text ", 1))]
+            half = len(texts) // 2
+            return self._encode(texts[:half]) + self._encode(texts[half:])
+        lexical: Sequence[dict[int, float] | None] = encoding.lexical or [None] * len(texts)
+        pairs = zip(encoding.dense, lexical, strict=True)  # type: ignore[arg-type]
+        return [_Row(vector, weights, None) for vector, weights in pairs]
+
+
+def _vectors(rows: Sequence[_Row], dimension: int) -> pa.Array:
+    """The vector column, null where there is none."""
+    zero = np.zeros(dimension, np.float32)
+    values = [zero if row.vector is None else row.vector for row in rows]
+    flat = np.concatenate([np.empty(0, np.float32), *values])  # (N * D,)
+    missing = pa.array([row.vector is None for row in rows], pa.bool_())
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), dimension, mask=missing)
+
+
+def _check(columns: _Columns, there: Sequence[str]) -> None:
+    """Refuse names that are not there, or there already."""
+    if there and columns.text not in there:
+        msg = (
+            f"The dataset has no column {columns.text!r}, but {', '.join(there)}. "
+            "Name the one with the texts in text_column."
+        )
+        raise ValueError(msg)
+    taken = {*there, columns.text}
+    for kind, name in zip(columns._fields[1:], columns[1:], strict=True):
+        if name in taken:
+            msg = (
+                f"{kind}_column={name!r} is the name of another column. "
+                "Take a free one, or drop that column first."
+            )
+            raise ValueError(msg)
+        if name is not None:
+            taken.add(name)
+
+
+def _actors(
+    machines: Sequence[Mapping[str, float]],
+    device: str,
+    concurrency: int | tuple[int, int] | None = None,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+) -> tuple[int, int, dict[str, Any]]:
+    """The fewest actors, the most, and what each takes of its machine.
+
+    >>> _actors([{"CPU": 16}, {"CPU": 2}], "auto")
+    (3, 3, {'num_cpus': 4, 'num_gpus': 0})
+    >>> _actors([{"CPU": 16, "GPU": 8}, {"CPU": 16}], "auto")
+    (8, 8, {'num_cpus': 0, 'num_gpus': 1})
+    """
+    cores = [machine.get("CPU", 0) for machine in machines]
+    gpus = sum(machine.get("GPU", 0) for machine in machines)
+    if num_gpus is None:
+        num_gpus = 1 if gpus and device.startswith(("auto", "cuda")) else 0
+    if num_cpus is None:
+        num_cpus = 0 if num_gpus else min(_CORES, max(cores) - 1)
+    if concurrency is None:
+        room = gpus // num_gpus if num_gpus else _groups(cores, num_cpus)
+        concurrency = max(1, int(room))
+    least, most = concurrency if isinstance(concurrency, tuple) else (concurrency, concurrency)
+    return least, most, {"num_cpus": num_cpus, "num_gpus": num_gpus}
+
+
+def _groups(cores: Sequence[float], size: float) -> float:
+    """Groups of cores on all machines, one core of each left out."""
+    return sum(max(0, count - 1) // size for count in cores) if size else 1

@@ -1,0 +1,148 @@
+"""`embed_dataset` on a local Ray, which `ray_process.py` runs, and what can be told without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from ray_process import BAD, BLOCKS, FATAL, TEXTS
+
+from langchain_bge_dense import BGEM3Embeddings
+from langchain_bge_dense.ray import _check, _Columns, _Embedder
+
+SCRIPT = Path(__file__).with_name("ray_process.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ray")
+    command = [sys.executable, str(SCRIPT), str(tiny_checkpoint), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder) -> list[dict]:
+    return sorted(json.loads((folder / "rows.json").read_text()), key=lambda row: row["number"])
+
+
+def test_each_row_arrives_once_with_its_vector_though_an_actor_was_killed(rows, folder, tiny):
+    assert (folder / "died").exists()
+    assert [row["number"] for row in rows] == list(range(len(TEXTS)))
+    assert [row["body"] for row in rows] == TEXTS
+    good = [row for row in rows if row["reason"] is None]
+    expected = tiny.encode([row["body"] for row in good], lexical=True)
+    assert len(good) == len(TEXTS) - len(BAD)
+    np.testing.assert_allclose([row["vector"] for row in good], expected.dense, atol=1e-6)
+    for row, weights in zip(good, expected.lexical, strict=True):
+        assert dict(row["weights"]) == pytest.approx(weights, abs=1e-5)
+
+
+def test_only_the_block_in_hand_is_embedded_again(folder):
+    logs = [file.read_text().splitlines() for file in folder.glob("*.log")]
+    assert len(logs) == 3  # two actors, and the one that took the place of the killed one
+    embedded = [text for log in logs for text in log]
+    assert embedded.count(FATAL) == 2
+    good = len(TEXTS) - len(BAD)
+    assert good < len(embedded) <= good + len(TEXTS) // BLOCKS + 1
+
+
+def test_rows_with_bad_texts_say_why(rows):
+    bad = [row for row in rows if row["reason"] is not None]
+    assert [row["body"] for row in bad] == BAD
+    assert all(row["vector"] is None and row["weights"] is None for row in bad)
+    for row, reason in zip(bad, ("is int", "is NoneType", "surrogate", "has 92 tok"), strict=True):
+        assert row["reason"].startswith("The text ")
+        assert reason in row["reason"]
+
+
+COLUMNS = _Columns("text", "vector", "weights", "error")
+
+
+def test_blocks_without_rows_and_without_texts_keep_the_columns(tiny):
+    embedder = _Embedder(tiny, COLUMNS)
+    [empty] = embedder(pa.table({"text": pa.array([], pa.string())}))
+    [whole] = embedder(pa.table({"text": ["one"]}))
+    [lacking] = embedder(pa.table({"other": [1, 2]}))
+    assert empty.schema == whole.schema
+    assert len(empty) == 0
+    assert lacking.column("vector").to_pylist() == [None, None]
+    assert lacking.column("error")[0].as_py().startswith("The text is NoneType")
+
+
+def test_a_large_block_is_embedded_in_windows(tiny, monkeypatch):
+    monkeypatch.setattr("langchain_bge_dense.ray._ROWS", 8)
+    texts = ["word " * (n % 7) for n in range(20)]
+    parts = list(_Embedder(tiny, COLUMNS)(pa.table({"text": texts})))
+    assert [len(part) for part in parts] == [8, 8, 4]
+    vectors = np.concatenate([np.array(part.column("vector").to_pylist()) for part in parts])
+    np.testing.assert_allclose(vectors, tiny.embed_documents(texts), atol=1e-6)
+
+
+def test_a_row_whose_vector_is_not_finite(tiny, monkeypatch):
+    encode = BGEM3Embeddings.encode
+
+    def failing(self, texts, **options):
+        if "bad" in texts:
+            msg = f"Text {texts.index('bad')} has a vector that is not finite."
+            raise FloatingPointError(msg)
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(BGEM3Embeddings, "encode", failing)
+    [table] = _Embedder(tiny, COLUMNS)(pa.table({"text": ["one", "two", "bad", "three"]}))
+    errors = table.column("error").to_pylist()
+    assert errors == [None, None, "The text has a vector that is not finite.", None]
+
+
+def test_a_model_that_cannot_be_loaded_is_no_rows_fault(tmp_path, tiny_checkpoint):
+    with pytest.raises(FileNotFoundError):
+        _Embedder(BGEM3Embeddings(model=tmp_path), COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("columns", "there", "message"),
+    [
+        (COLUMNS, ["body"], r"no column 'text', but body\. Name the one"),
+        (COLUMNS, ["text", "vector"], "vector_column='vector' is the name of another column"),
+        (COLUMNS, ["text", "error"], "error_column='error' is the name of another"),
+        (_Columns("a", "a", None, "e"), ["a"], "vector_column='a' is"),
+        (_Columns("a", "v", "v", "e"), ["a"], "lexical_column='v' is"),
+        (_Columns("a", "v", "w", "w"), [], "error_column='w' is"),
+    ],
+)
+def test_column_names_are_checked(columns, there, message):
+    with pytest.raises(ValueError, match=message):
+        _check(columns, there)
+
+
+def test_usage_statistics_are_off():
+    code = "import langchain_bge_dense.ray, os; print(os.environ['RAY_USAGE_STATS_ENABLED'])"
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_USAGE_STATS_ENABLED"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "0"
+
+
+def test_without_the_extra():
+    code = (
+        "import sys; sys.modules['ray'] = None\n"
+        "try: import langchain_bge_dense.ray\n"
+        "except ImportError as error: print(error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert 'pip install "langchain-bge-dense[ray]"' in done.stdout
