@@ -10,16 +10,16 @@ import unicodedata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from langchain_core.documents import Document
 
 logger = logging.getLogger(__name__)
 
-_CJK = r"\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+CJK = r"\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 _CLOSING = "，。！？；：、”’）》」』】"
 # A word, or one character of a script that may break anywhere but before closing punctuation.
-_UNIT = re.compile(rf"(?:[^\s{_CJK}]+|\S)[{_CLOSING}]*\s?")
+_UNIT = re.compile(rf"(?:[^\s{CJK}]+|\S)[{_CLOSING}]*\s?")
 
 
 def plain(text: str) -> str:
@@ -77,9 +77,34 @@ def _with_ellipsis(line: str, width: int) -> str:
     return "".join(units).rstrip() + " …"
 
 
-def columns() -> int:
+def columns(most: int = 100) -> int:
     """Give the width to print to: the terminal's, up to what is pleasant to read."""
-    return min(shutil.get_terminal_size((100, 24)).columns, 100)
+    return min(shutil.get_terminal_size((100, 24)).columns, most)
+
+
+def fit(text: str, width: int) -> str:
+    """Bring a text to a width: blanks behind a shorter one, an ellipsis inside of a longer one.
+
+    >>> fit("troubleshooting.csv, row 12", 16)
+    'trouble…, row 12'
+    """
+    text = plain(text)
+    if cells(text) <= width:
+        return text + " " * (width - cells(text))
+    room = max(width - 1, 0)
+    tail = _fitting(reversed(text), room // 2)[::-1]
+    head = _fitting(text, room - cells(tail))
+    return fit(f"{head}…{tail}", width)
+
+
+def _fitting(characters: Iterable[str], width: int) -> str:
+    """As many of the characters as there is room for."""
+    taken = ""
+    for char in characters:
+        if cells(taken + char) > width:
+            break
+        taken += char
+    return taken
 
 
 def show_passages(passages: list[Document]) -> None:
@@ -113,6 +138,16 @@ def place(passage: Document) -> str:
     parts = [metadata["source"] + ("#" + metadata["pointer"] if "pointer" in metadata else "")]
     parts += [f"{kind} {metadata[kind]}" for kind in ("page", "row") if kind in metadata]
     return ", ".join(parts)
+
+
+def short_place(passage: Document) -> str:
+    """Name file and page or row where there is little room."""
+    metadata = passage.metadata
+    name = metadata["source"].rsplit(".", 1)[0] + metadata.get("pointer", "")
+    parts = {"page": " p.", "row": ":"}
+    return name + "".join(
+        f"{sign}{metadata[kind]}" for kind, sign in parts.items() if kind in metadata
+    )
 
 
 def say(line: str) -> None:
