@@ -1,4 +1,4 @@
-"""One run of `index_documents`, chunk by chunk: what is new is embedded and stored.
+"""One run of `index_documents` or `index_vectors`, chunk by chunk: what is new is stored.
 
 Knows no progress bars and no event loops.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from chromadb.errors import InternalError, RateLimitError
 from langchain_chroma import Chroma
 
-from langchain_bge_dense._collection import check, fingerprint_of
+from langchain_bge_dense._collection import DIMENSION, check, fingerprint_of
 from langchain_bge_dense._folder import guarded, no_room, write_alone
 from langchain_bge_dense._lexical import index_of
 from langchain_bge_dense._records import Record, record
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from chromadb import Collection
     from langchain_core.documents import Document
     from langchain_core.embeddings import Embeddings
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,13 @@ _WAITS = (
 
 @dataclass(frozen=True)
 class IndexResult:
-    """What `index_documents` did.
+    """What `index_documents` or `index_vectors` did.
 
     Attributes:
-        added: Documents that were embedded and stored.
+        added: Documents that were stored.
         skipped: Documents that the collection, or the same input further up, had already.
         truncated: Documents among the added ones that were longer than the model takes.
+        tokens: Of the added documents, before any cut; 0 if not `BGEM3Embeddings` embedded them.
 
     Example:
         >>> IndexResult(added=2, skipped=1, truncated=0).added
@@ -61,22 +62,30 @@ class IndexResult:
     added: int
     skipped: int
     truncated: int
+    tokens: int = 0
 
 
 class Run:
-    """One call of `index_documents`: where it writes, and its counts so far.
+    """One call: where it writes, and its counts so far.
 
     Chunks are cut by position in the input, and each is one write: a run after a kill embeds the
     same texts together, and gets the same vectors to the last bit.
     """
 
-    def __init__(self, store: Chroma, batch_size: int, *, lexical: bool = False) -> None:
+    def __init__(
+        self,
+        store: Chroma,
+        batch_size: int,
+        *,
+        lexical: bool = False,
+        fingerprint: str | None = None,
+    ) -> None:
         _check(store, batch_size, lexical=lexical)
         client = store._client  # noqa: SLF001 - Chroma has no public way to upsert vectors
         self._collection = collection = store._collection  # noqa: SLF001
         self._embeddings: Embeddings = store.embeddings  # type: ignore[assignment]
         fresh = _patiently(lambda: client.get_collection(collection.name, embedding_function=None))
-        check(fresh, fingerprint_of(self._embeddings))
+        check(fresh, fingerprint or fingerprint_of(self._embeddings))
         settings = client.get_settings()
         local = settings.is_persistent
         self._folder = write_alone(settings.persist_directory) if local else None
@@ -84,24 +93,44 @@ class Run:
         self._index = self._ask(0, lambda: index_of(store, create=True)) if lexical else None
         if self._index is not None:
             self._ask(0, self._index.sync, self._index.log)
-        self._added = self._seen = self._truncated = 0
+        self._dimension: int | None = fresh.metadata.get(DIMENSION)
+        self._added = self._seen = self._truncated = self._tokens = 0
 
-    def add(self, chunk: Sequence[Document]) -> None:
-        """Embed and store those of the next documents that the collection lacks."""
+    def add(self, chunk: Sequence[Document], vectors: Sequence[ArrayLike] | None = None) -> None:
+        """Store those of the next documents that the collection lacks.
+
+        Args:
+            chunk: The documents.
+            vectors: Theirs; None: they are embedded here.
+        """
         records = {r.id: r for r in map(record, chunk, itertools.count(self._seen))}
         ids = list(records)
         known = self._ask(0, lambda: set(self._collection.get(ids=ids, include=[])["ids"]))
         if self._index is not None:
             known = {passage for passage in known if passage in self._index}
         new = [r for r in records.values() if r.id not in known]
-        if new:
-            self._store(new)
+        if new and vectors is None:
+            self._store(new, _encoded(self._embeddings, new, lexical=self._index is not None))
+        elif new and vectors is not None:
+            rows = [self._checked(vectors[r.position - self._seen], r.position) for r in new]
+            self._store(new, _Encoded(np.stack(rows)))
         self._seen += len(chunk)
         self._added += len(new)
 
-    def _store(self, records: Sequence[Record]) -> None:
-        """Embed and write; weights come first, as they do no harm without their passages."""
-        encoded = _encoded(self._embeddings, records, lexical=self._index is not None)
+    def _checked(self, vector: ArrayLike, position: int) -> NDArray[np.float32]:
+        """A vector of the caller's, `(D,)`."""
+        with np.errstate(over="ignore"):
+            row = np.asarray(vector, dtype=np.float32)
+        if row.ndim != 1 or row.size != (self._dimension or row.size):
+            msg = (
+                f"The vector of document {position} has the shape {row.shape}, and the collection "
+                f"takes {self._dimension} numbers. Pass vectors of the collection's own model."
+            )
+            raise ValueError(msg)
+        return row
+
+    def _store(self, records: Sequence[Record], encoded: _Encoded) -> None:
+        """Write; weights come first, as they do no harm without their passages."""
         columns = _columns(records, encoded.vectors)
         index, weights = self._index, encoded.weights
         if index is not None and weights is not None:
@@ -109,6 +138,7 @@ class Run:
             self._ask(1, lambda: index.add(ids, texts, weights), index.log)
         self._ask(len(records), lambda: self._collection.upsert(**columns))
         self._truncated += encoded.truncated
+        self._tokens += encoded.tokens
 
     def _ask(self, coming: int, call: Callable[[], T], collection: Collection | None = None) -> T:
         """Call Chroma, which is on a server, in memory, or in a folder that is to be guarded."""
@@ -120,16 +150,20 @@ class Run:
         except InternalError as error:
             raise no_room(self._folder, error) from error
 
-    def result(self) -> IndexResult:
-        return IndexResult(self._added, self._seen - self._added, self._truncated)
+    @property
+    def done(self) -> IndexResult:
+        """The counts so far."""
+        skipped = self._seen - self._added
+        return IndexResult(self._added, skipped, self._truncated, self._tokens)
 
 
 class _Encoded(NamedTuple):
     """What a model makes of `N` records."""
 
     vectors: NDArray[np.float32]  # (N, D)
-    truncated: int
-    weights: list[dict[int, float]] | None
+    truncated: int = 0
+    tokens: int = 0
+    weights: list[dict[int, float]] | None = None
 
 
 def _encoded(embeddings: Embeddings, records: Sequence[Record], *, lexical: bool) -> _Encoded:
@@ -137,7 +171,8 @@ def _encoded(embeddings: Embeddings, records: Sequence[Record], *, lexical: bool
     if isinstance(embeddings, BGEM3Embeddings):
         encoding = embeddings.encode(texts, lexical=lexical)
         truncated = int(encoding.truncated.sum())
-        return _Encoded(encoding.dense, truncated, encoding.lexical)  # type: ignore[arg-type]
+        tokens = int(encoding.token_counts.sum())
+        return _Encoded(encoding.dense, truncated, tokens, encoding.lexical)  # type: ignore[arg-type]
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused as not finite
         vectors = np.asarray(embeddings.embed_documents(texts), dtype=np.float32)  # (N, D)
     if len(vectors) != len(records):
@@ -146,7 +181,7 @@ def _encoded(embeddings: Embeddings, records: Sequence[Record], *, lexical: bool
             f"{len(records)} texts. Use embeddings that give one for each."
         )
         raise ValueError(msg)
-    return _Encoded(vectors, 0, None)
+    return _Encoded(vectors)
 
 
 def _columns(records: Sequence[Record], vectors: NDArray[np.float32]) -> dict[str, Any]:

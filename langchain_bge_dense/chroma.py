@@ -7,17 +7,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
 import re
-from collections.abc import AsyncIterable, Sized
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.embeddings import Embeddings
-from tqdm.auto import tqdm
 
 try:
-    from chromadb.config import Settings
     from chromadb.errors import InternalError
     from langchain_chroma import Chroma
 except ImportError as error:
@@ -31,21 +26,22 @@ from langchain_bge_dense._collection import (
     Identity,
     claim,
     cosine_configuration,
-    local_client,
     require_cosine,
 )
+from langchain_bge_dense._feed import Bar, achunks, chunks
 from langchain_bge_dense._folder import no_room
 from langchain_bge_dense._indexing import IndexResult, Run
+from langchain_bge_dense._place import check_place, placed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator
+    import os
+    from collections.abc import AsyncIterable, Iterable
 
     from chromadb.api import ClientAPI
     from langchain_core.documents import Document
+    from numpy.typing import ArrayLike
 
-__all__ = ["IndexResult", "aindex_documents", "index_documents", "open_chroma"]
-
-T = TypeVar("T")
+__all__ = ["IndexResult", "aindex_documents", "index_documents", "index_vectors", "open_chroma"]
 
 _NAME = re.compile(r"(?!.*\.\.)[a-zA-Z0-9][a-zA-Z0-9._-]{1,510}[a-zA-Z0-9]")
 
@@ -93,7 +89,7 @@ def open_chroma(
         ['1']
     """
     _check_arguments(embeddings, collection_name)
-    _check_place(persist_directory=persist_directory, client=client, **chroma_options)
+    check_place(persist_directory=persist_directory, client=client, **chroma_options)
     identity = Identity.of(embeddings)
     options = {"relevance_score_fn": _relevance, **chroma_options}
     given = options.pop("collection_metadata", None) or {}
@@ -105,7 +101,7 @@ def open_chroma(
             embeddings,
             collection_metadata={**given, **identity.metadata()},
             collection_configuration=configuration,  # type: ignore[arg-type]
-            **_placed(persist_directory, client, options),
+            **placed(persist_directory, client, options),
         )
         claim(store._collection, embeddings, identity)  # noqa: SLF001 - what Chroma answered
     except InternalError as error:
@@ -134,13 +130,14 @@ def index_documents(
         store: A store of `open_chroma`.
         documents: Any iterable.
         batch_size: Documents embedded and stored at once; less where Chroma takes less.
-        show_progress: Show a bar over documents.
+        show_progress: Show a bar over documents, with tokens per second and, where `documents` has
+            a length, the time left.
         lexical: Store lexical weights of the same forward pass too, for `BGEM3Retriever`; documents
             that are there without them are embedded again. They are kept in a second collection,
             named by the first one's id, and stay out of the metadata.
 
     Returns:
-        Counts of what was added, skipped and truncated.
+        Counts of what was added, skipped and truncated, and its tokens.
 
     Raises:
         TypeError: `store` is no `Chroma`, an item no document, or its metadata of a type that
@@ -159,14 +156,59 @@ def index_documents(
         >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
         >>> notes = [Document("one"), Document("two"), Document("one")]
         >>> index_documents(store, notes)
-        IndexResult(added=2, skipped=1, truncated=0)
+        IndexResult(added=2, skipped=1, truncated=0, tokens=0)
     """
     run = Run(store, batch_size, lexical=lexical)
-    with _bar(documents, show=show_progress) as bar:
-        for chunk in _chunks(documents, run.batch_size):
+    with Bar(documents, show=show_progress) as bar:
+        for chunk in chunks(documents, run.batch_size):
             run.add(chunk)
-            bar.update(len(chunk))
-    return run.result()
+            bar.show(run.done)
+        return bar.end(run.done)
+
+
+def index_vectors(
+    store: Chroma,
+    embedded: Iterable[tuple[Document, ArrayLike]],
+    *,
+    fingerprint: str,
+    batch_size: int = 256,
+    show_progress: bool = False,
+) -> IndexResult:
+    """Store the documents that the collection lacks, with vectors computed elsewhere.
+
+    It is `index_documents` without a model: ids, checks and what happens when it is run again are
+    the same, and a collection can be filled by both.
+
+    Args:
+        store: A store of `open_chroma`.
+        embedded: Any iterable of documents with their vectors, `(D,)` each.
+        fingerprint: `BGEM3Embeddings.fingerprint` of what computed them, kept with the vectors.
+        batch_size: As for `index_documents`.
+        show_progress: As for `index_documents`.
+
+    Returns:
+        Counts of what was added and skipped.
+
+    Raises:
+        ValueError: The fingerprint is not the collection's, a vector has another shape than its
+            vectors, and whatever else `index_documents` raises it for.
+        FloatingPointError: A vector is not finite.
+
+    Example:
+        >>> from langchain_core.documents import Document
+        >>> embeddings = BGEM3Embeddings(model=checkpoint)
+        >>> vector = embeddings.embed_documents(["one"])[0]
+        >>> store = open_chroma(embeddings, "notes")
+        >>> index_vectors(store, [(Document("one"), vector)], fingerprint=embeddings.fingerprint)
+        IndexResult(added=1, skipped=0, truncated=0, tokens=0)
+    """
+    run = Run(store, batch_size, fingerprint=fingerprint)
+    with Bar(embedded, show=show_progress) as bar:
+        for chunk in chunks(embedded, run.batch_size):
+            documents, vectors = zip(*chunk, strict=True)
+            run.add(documents, vectors)
+            bar.show(run.done)
+        return bar.end(run.done)
 
 
 async def aindex_documents(
@@ -190,7 +232,7 @@ async def aindex_documents(
         lexical: As for `index_documents`.
 
     Returns:
-        Counts of what was added, skipped and truncated.
+        As `index_documents`.
 
     Example:
         >>> import asyncio
@@ -198,41 +240,14 @@ async def aindex_documents(
         >>> from langchain_core.documents import Document
         >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
         >>> asyncio.run(aindex_documents(store, [Document("one")]))
-        IndexResult(added=1, skipped=0, truncated=0)
+        IndexResult(added=1, skipped=0, truncated=0, tokens=0)
     """
     run = await asyncio.to_thread(Run, store, batch_size, lexical=lexical)
-    with _bar(documents, show=show_progress) as bar:
-        async for chunk in _achunks(documents, run.batch_size):
+    with Bar(documents, show=show_progress) as bar:
+        async for chunk in achunks(documents, run.batch_size):
             await asyncio.to_thread(run.add, chunk)
-            bar.update(len(chunk))
-    return run.result()
-
-
-def _chunks(documents: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(documents)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
-
-
-async def _achunks(documents: Iterable[T] | AsyncIterable[T], size: int) -> AsyncIterator[list[T]]:
-    if not isinstance(documents, AsyncIterable):
-        chunks = _chunks(documents, size)
-        while chunk := await asyncio.to_thread(next, chunks, None):
-            yield chunk
-        return
-    chunk = []
-    async for document in documents:
-        chunk.append(document)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _bar(documents: object, *, show: bool) -> tqdm[Any]:
-    total = len(documents) if isinstance(documents, Sized) else None
-    return tqdm(total=total, unit=" documents", desc="Indexing", disable=not show)
+            bar.show(run.done)
+        return bar.end(run.done)
 
 
 def _relevance(distance: float) -> float:
@@ -253,25 +268,3 @@ def _check_arguments(embeddings: object, collection_name: object) -> None:
             "[a-zA-Z0-9._-], a letter or digit first and last, and no two dots in a row."
         )
         raise ValueError(msg)
-
-
-def _check_place(**options: Any) -> None:
-    places = ("persist_directory", "client", "host", "chroma_cloud_api_key")
-    given = [name for name in places if options.get(name) is not None]
-    if len(given) > 1:
-        msg = f"{' and '.join(given)} are given, and data has one place. Pass one of them."
-        raise ValueError(msg)
-
-
-def _placed(
-    folder: str | os.PathLike[str] | None, client: ClientAPI | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    """The options with a client, or with what Chroma makes one of."""
-    if client is not None:
-        return {**options, "client": client}
-    if options.get("client_settings") is not None:
-        return {**options, "persist_directory": folder and os.fspath(folder)}
-    if {"host", "chroma_cloud_api_key"} & options.keys():
-        return {**options, "client_settings": Settings(anonymized_telemetry=False)}
-    names = {key: options.pop(key) for key in ("tenant", "database") if options.get(key)}
-    return {**options, "client": local_client(folder, **names)}

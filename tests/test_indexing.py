@@ -13,10 +13,12 @@ from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, index
 
 from langchain_bge_dense import BGEM3Embeddings
+from langchain_bge_dense._collection import fingerprint_of
 from langchain_bge_dense.chroma import (
     IndexResult,
     aindex_documents,
     index_documents,
+    index_vectors,
     open_chroma,
 )
 
@@ -85,9 +87,23 @@ def test_more_than_chroma_takes_at_once():
 
 def test_bar_over_documents(embeddings, capsys):
     index_documents(open_chroma(embeddings), passages(5), show_progress=True)
-    assert "5/5" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "5/5" in shown
+    assert "tokens" not in shown  # these embeddings count none
     index_documents(open_chroma(embeddings), passages(5))
     assert capsys.readouterr().err == ""
+
+
+def test_bar_over_tokens(tiny, capsys, caplog):
+    caplog.set_level("INFO", "langchain_bge_dense")
+    done = index_documents(open_chroma(tiny), passages(6), batch_size=2, show_progress=True)
+    shown = capsys.readouterr().err
+    assert "tokens/s" in shown
+    assert "<" in shown.split("2/6")[1].split("]")[0]  # time left
+    assert f"{done.tokens} tokens, 0 documents truncated]" in shown
+    assert f"Indexed: {done}" in caplog.text
+    index_documents(open_chroma(tiny), iter(passages(2)), show_progress=True)
+    assert "2 documents [" in capsys.readouterr().err
 
 
 def test_bad_arguments(embeddings):
@@ -149,7 +165,8 @@ def test_langchain_index(embeddings):
 
 def test_bge_m3(tiny):
     store = open_chroma(tiny)
-    assert index_documents(store, passages(5), batch_size=3) == IndexResult(5, 0, 0)
+    tokens = sum(tiny.encode([f"passage {i}" for i in range(5)]).token_counts)
+    assert index_documents(store, passages(5), batch_size=3) == IndexResult(5, 0, 0, tokens)
     found = store._collection.get(include=["documents", "embeddings"])
     expected = [
         tiny.encode(texts).dense for texts in (found["documents"][:3], found["documents"][3:])
@@ -163,9 +180,49 @@ def test_bge_m3_counts_what_it_truncated(tiny_checkpoint):
     )
     documents = [Document("one"), Document("many words " * 20), Document("more " * 20)]
     store = open_chroma(short)
-    assert index_documents(store, documents) == IndexResult(3, 0, 2)
+    tokens = sum(short.encode([d.page_content for d in documents]).token_counts)
+    assert index_documents(store, documents) == IndexResult(3, 0, 2, tokens)
     assert index_documents(store, documents) == IndexResult(0, 3, 0)
     short.close()
+
+
+class TestVectors:
+    """`index_vectors`, which embeds nothing."""
+
+    def embedded(self, count: int) -> list[tuple[Document, list[float]]]:
+        documents = passages(count)
+        vectors = HashedEmbeddings().embed_documents([d.page_content for d in documents])
+        return list(zip(documents, vectors, strict=True))
+
+    def test_are_stored_once_and_as_they_are(self, embeddings):
+        store = open_chroma(embeddings)
+        options = {"fingerprint": fingerprint_of(embeddings), "batch_size": 4}
+        rows = self.embedded(10)
+        assert index_vectors(store, iter([*rows[:7], *rows[:2]]), **options) == IndexResult(7, 2, 0)
+        assert index_vectors(store, rows, **options) == IndexResult(3, 7, 0)
+        assert index_documents(store, passages(11), batch_size=4) == IndexResult(1, 10, 0)
+        assert embeddings.embedded == 1
+        found = store._collection.get(include=["documents", "embeddings"])
+        stored = dict(zip(found["documents"], found["embeddings"], strict=True))
+        for document, vector in rows:
+            np.testing.assert_allclose(stored[document.page_content], vector, atol=1e-6)
+
+    def test_of_another_model_are_refused(self, embeddings):
+        with pytest.raises(ValueError, match="holds vectors of"):
+            index_vectors(open_chroma(embeddings), self.embedded(1), fingerprint="other")
+
+    @pytest.mark.parametrize("vector", [[1.0] * 7, [[1.0] * 8], 1.0])
+    def test_of_another_shape_are_named(self, embeddings, vector):
+        rows = [*self.embedded(2), (Document("bad"), vector)]
+        with pytest.raises(ValueError, match=r"vector of document 2 has the shape .* 8 numbers"):
+            index_vectors(open_chroma(embeddings), rows, fingerprint=fingerprint_of(embeddings))
+
+    def test_that_are_not_finite_are_named(self, embeddings):
+        rows = [*self.embedded(2), (Document("bad"), [float("nan")] * 8)]
+        store = open_chroma(embeddings)
+        with pytest.raises(FloatingPointError, match="vector of document 2 is not finite"):
+            index_vectors(store, rows, fingerprint=fingerprint_of(embeddings), batch_size=2)
+        assert len(store.get()["ids"]) == 2
 
 
 async def test_async(embeddings):
