@@ -53,10 +53,10 @@ $(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
 	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
 
-# The two that FlagEmbedding brings decide how old huggingface-hub can be.
+# FlagEmbedding names no lowest version of datasets.
 $(LOWEST)/.done: pyproject.toml constraints.txt | $(LOWEST)/.made
 	$(LOWEST)/bin/python $(INSTALL) --constraint constraints.txt uv
-	printf '%s\n' 'transformers>=4.57.6' 'datasets>=2.19' | \
+	echo 'datasets>=2.19' | \
 	    $(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra test \
 	    --python $(LOWEST)/bin/python --output-file $(LOWEST)/lowest.txt pyproject.toml -
 	$(LOWEST)/bin/python $(INSTALL) --requirement $(LOWEST)/lowest.txt --editable .

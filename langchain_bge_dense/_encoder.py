@@ -6,6 +6,7 @@ Knows no LangChain, no hub and no threads: one thread at a time may call `forwar
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from langchain_bge_dense._openvino import OpenVinoEncoder
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from FlagEmbedding import BGEM3FlagModel
     from numpy.typing import NDArray
@@ -201,29 +204,37 @@ class Encoder:
             FloatingPointError: A vector is not finite in float32 either.
         """
         vectors = to_host(rows)
-        bad = np.flatnonzero(~_finite(vectors))
-        if not len(bad):
+        bad = np.flatnonzero(~_finite(vectors)).tolist()
+        if not bad:
             return vectors
-        rows = list(rows)
-        for index in bad.tolist():
-            rows[index] = self._exact(batch[index], rows[index])
-        vectors = to_host(rows)
-        for index in np.flatnonzero(~_finite(vectors)).tolist():
-            msg = (
-                f"Text {first + index} has a vector that is not finite, in float32 too. "
-                "The checkpoint's weights are damaged or overflow: download the model again."
-            )
-            raise FloatingPointError(msg)
-        return vectors
+        exact = list(rows)
+        with self._in_float32():
+            for index in bad:
+                exact[index] = self._again(rows[index], batch[index], first + index)
+        return to_host(exact)
 
-    def _exact(self, ids: NDArray[np.int32], row: Row) -> Row:
-        """Run one text in float32, for the same signals as a row that it had."""
+    def _again(self, row: Row, ids: NDArray[np.int32], index: int) -> Row:
+        """Run one text once more, for the same signals as a row that it had."""
         signals = Signals(*(output is not None for output in row))
-        dtype = next(self._model.parameters()).dtype
+        again = self._forward([ids], signals)
+        if _finite(to_host(again)).all():
+            return again[0]
+        msg = (
+            f"Text {index} has a vector that is not finite, in float32 too. "
+            "The checkpoint's weights are damaged or overflow: download the model again."
+        )
+        raise FloatingPointError(msg)
+
+    @contextlib.contextmanager
+    def _in_float32(self) -> Iterator[None]:
+        encoder, dtype = self._model.model, next(self._model.parameters()).dtype
+        if isinstance(encoder, OpenVinoEncoder):
+            self._model.model = encoder.exact()
         self._model.float()
         try:
-            return self._forward([ids], signals)[0]
+            yield
         finally:
+            self._model.model = encoder
             self._model.to(dtype)  # back without loss: these weights came from that dtype
 
 

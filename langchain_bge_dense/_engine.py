@@ -103,15 +103,23 @@ def shared_engine(settings: Settings, checkpoint: Checkpoint) -> Engine:
 
 
 def _load(settings: Settings, checkpoint: Checkpoint) -> Engine:
+    from langchain_bge_dense import _openvino
     from langchain_bge_dense._encoder import Encoder
 
-    plan = _loading.make_plan(settings.device, settings.dtype, settings.backend)
+    there = _openvino.is_installed()
+    if settings.backend == "auto":
+        there = there and _openvino.supports(checkpoint.folder)
+    plan = _loading.make_plan(settings.device, settings.dtype, settings.backend, openvino=there)
+    compiled = plan.backend == "openvino"
     flag = _loading.load_flag_model(
         checkpoint,
         pooling=checkpoint.pooling if settings.pooling == "auto" else settings.pooling,
         device=plan.device,
-        dtype=plan.dtype,
+        dtype="float32" if compiled else plan.dtype,
     )
+    if compiled:
+        cache = _loading.cache_root(settings.cache_folder) / "openvino"
+        _openvino.replace_encoder(flag, checkpoint.digest, plan.dtype, cache)
     return Engine(checkpoint, Encoder(flag, plan.device))
 
 

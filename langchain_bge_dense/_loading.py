@@ -108,8 +108,14 @@ def choose_backend(backend: str, device: str, *, openvino: bool) -> str:
     return backend
 
 
-def make_plan(device: str, dtype: str, backend: str) -> Plan:
+def make_plan(device: str, dtype: str, backend: str, *, openvino: bool) -> Plan:
     """Resolve every `"auto"` for this machine.
+
+    Args:
+        device: `"auto"` or a torch device.
+        dtype: `"auto"` or a dtype.
+        backend: `"auto"`, `"torch"` or `"openvino"`.
+        openvino: Whether OpenVINO is installed.
 
     Raises:
         ValueError: The device is not on this machine, or cannot run the backend or the dtype.
@@ -121,7 +127,7 @@ def make_plan(device: str, dtype: str, backend: str) -> Plan:
         device, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available()
     )
     _require_device(device)
-    backend = choose_backend(backend, device, openvino=False)
+    backend = choose_backend(backend, device, openvino=openvino)
     return Plan(device, choose_dtype(dtype, device, backend, bf16=cpu_has_bf16()), backend)
 
 
@@ -220,7 +226,7 @@ def load_flag_model(
 
     folder = checkpoint.folder
     tokenizer = next(folder / name for name in TOKENIZERS if (folder / name).exists())
-    with _quiet_transformers():
+    with quiet_transformers():
         check_weights(checkpoint)
         # What is left to go wrong is the tokenizer.
         with Reading(tokenizer, RuntimeError, ImportError):
@@ -237,6 +243,12 @@ def load_flag_model(
     return flag
 
 
+def cache_root(cache_folder: str | None) -> Path:
+    """The folder of this package in the caller's cache, or in the user's own."""
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache_folder or user).expanduser() / "langchain-bge-dense"
+
+
 def settle_flag_model(flag: BGEM3FlagModel) -> tuple[Path, str]:
     """Bring a caller's own model to its first device, in a dtype that runs there.
 
@@ -251,7 +263,7 @@ def settle_flag_model(flag: BGEM3FlagModel) -> tuple[Path, str]:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hold back transformers' bar and its remarks on the pooler, which is not used."""
     from transformers.utils import logging as transformers_logging_module
 

@@ -41,15 +41,18 @@ class ModelSettings(BaseModel):
     token: SecretStr | None = None
     """Access token of the hub; None: the one that the hub's own login stored."""
     cache_folder: str | None = None
-    """Where downloads are kept; None: the hub's own cache."""
+    """Where downloads and converted weights are kept; None: the hub's own cache, and `~/.cache`."""
     local_files_only: bool = False
     """Never ask the hub: what is not in the cache is an error."""
     device: str = "auto"
     """`"auto"` (CUDA, then MPS, then CPU) or any torch device."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`"auto"`: float16 on CUDA and MPS; on a CPU bfloat16 where it has it in hardware."""
-    backend: Literal["auto", "torch"] = "auto"
-    """What runs the model: `"auto"` is PyTorch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """`"auto"`: float16 on CUDA and MPS; on a CPU bfloat16 where it has it in hardware.
+
+    `"int8"` is for the OpenVINO backend: weights in int8, and products in int8 where the CPU can.
+    """
+    backend: Literal["auto", "torch", "openvino"] = "auto"
+    """What runs the model: `"auto"` is OpenVINO on a CPU where it is installed, else PyTorch."""
     pooling: Literal["auto", "cls", "mean"] = "auto"
     """`"auto"`: what the checkpoint's `1_Pooling/config.json` says, else cls."""
     normalize: bool = True

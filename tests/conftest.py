@@ -6,10 +6,12 @@ The random one (`tiny_checkpoint`) is for whether numbers are right, the small r
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from small_model import build, default_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,22 +19,28 @@ if TYPE_CHECKING:
 
     from langchain_bge_dense import BGEM3Embeddings
 
+_SMALL_FOLDER = default_folder()
+
 # A shell that runs the tests in the background makes them, and what they start, deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what is converted for the many checkpoints of the tests out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny_m3 import build
+    from tiny_m3 import build as build_tiny
 
-    return build(tmp_path_factory.mktemp("checkpoints") / "tiny")
+    return build_tiny(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint() -> Path:
-    from small_model import build
-
-    return build()
+    return build(_SMALL_FOLDER)
 
 
 @pytest.fixture(scope="session")

@@ -516,12 +516,12 @@ def test_backend_that_cannot_be() -> None:
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "", "hpu"])
 def test_device_that_is_not_there(device: str) -> None:
     with pytest.raises(ValueError, match=f"no device '{device}'"):
-        make_plan(device, "auto", "torch")
+        make_plan(device, "auto", "torch", openvino=False)
 
 
 def test_plan_for_a_cpu() -> None:
     dtype = "bfloat16" if cpu_has_bf16() else "float32"
-    assert make_plan("cpu:0", "auto", "torch") == ("cpu", dtype, "torch")
+    assert make_plan("cpu:0", "auto", "torch", openvino=True) == ("cpu", dtype, "torch")
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="there is no /proc/cpuinfo")

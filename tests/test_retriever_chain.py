@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -304,7 +305,8 @@ def test_the_command_line_loads_a_chat_model_and_shows_its_answer(run, monkeypat
         def _llm_type(self):
             return self.model
 
-    monkeypatch.setitem(sys.modules, "langchain_ollama", SimpleNamespace(ChatOllama=ChatOllama))
+    package = SimpleNamespace(ChatOllama=ChatOllama, __spec__=ModuleSpec("langchain_ollama", None))
+    monkeypatch.setitem(sys.modules, "langchain_ollama", package)
     assert load_chat_model("ollama:llama3.1")._llm_type == "llama3.1"
     ran = run("--query", "What is a cross-encoder?", "-k", 2, "--llm", "ollama:llama3.1")
     assert "Question: What is a cross-encoder?" in ran.out

@@ -49,7 +49,9 @@ def test_metadata_says_version_licence_and_extras(wheel: zipfile.ZipFile) -> Non
     assert metadata["Version"] == VERSION
     assert metadata["License-Expression"] == "MIT"
     assert f"{DIST_INFO}/licenses/LICENSE" in wheel.namelist()
-    assert {"chroma", "milvus", "qdrant", "ray"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"chroma", "milvus", "openvino", "qdrant", "ray"} <= set(
+        metadata.get_all("Provides-Extra", [])
+    )
 
 
 def test_sdist_holds_no_junk(dist: Path) -> None:
