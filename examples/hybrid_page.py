@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 ROOM = 520  # cells of a marked passage
-BEGINNING = 120  # characters of a passage in a column
+BEGINNING = 240  # characters of a passage in a column; the page cuts it to two lines
 
 
 def write_page(path: Path, answers: Sequence[Answer], model: str) -> None:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from langchain_chroma import Chroma
 
 QUESTIONS = (
-    "What does Cormack's formula do with two lists?",
-    "Which shelf holds the seal VS-2208-K?",
-    "Who had the idea of late interaction?",
+    "What did Cormack, Clarke and Büttcher find?",
+    "Why is DB-0090-L left-handed?",
+    "What is Liu's warning about long contexts?",
     "What stops a tap from dripping?",
 )
 
@@ -47,7 +47,7 @@ SIGNALS = (
     Signal("Dense", "closeness in meaning", {"weights": (1, 0, 0)}, "dense_score"),
     Signal("Lexical", "words in common", {"weights": (0, 1, 0)}, "lexical_score"),
     Signal("Fused", "dense and lexical", {}, "relevance_score"),
-    Signal("With ColBERT", "the best, token by token", {"colbert": True}, "relevance_score"),
+    Signal("With ColBERT", "and token by token", {"colbert": True}, "relevance_score"),
 )
 FUSED = 2
 EXPLAINED = 3

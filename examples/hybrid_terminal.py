@@ -26,7 +26,8 @@ def show(answer: Answer) -> None:
     for line in table(answer, width):
         print(line.rstrip())
     width = columns()
-    print("Why: lexical weights of the query's tokens")
+    for line in wrap("Why: lexical weights of the query's tokens", width, 2):
+        print(line)
     weights = dict.fromkeys(weighed(word) for word in answer.words if word.weight >= VISIBLE)
     for line in wrap(", ".join(weights), width - 2, LINES):
         print(f"  {line}")
@@ -74,7 +75,8 @@ def show_match(match: Match, answer: Answer, width: int) -> None:
     shares = [f"{text} {share:.2f}" for text, share in match.shares.items() if share >= VISIBLE]
     total = f"lexical {scores['lexical_score']:.2f} = {' + '.join(shares) or 'no word in common'}"
     text = excerpt(match, answer.strongest, (width - 2) * LINES - 10)
-    print(f"{head}  dense {scores['dense_score']:.2f}")
+    for line in wrap(f"{head} · dense {scores['dense_score']:.2f}", width, 2):
+        print(line)
     for line in [*wrap(total, width - 2, 2), *styled(text, width - 2)]:
         print(f"  {line}")
 

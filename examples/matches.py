@@ -29,6 +29,7 @@ OPENING = [chr(0xFE00 + level) for level in range(LEVELS)]  # variation selector
 CLOSING = "\u034f"
 MARKERS = "".join(OPENING) + CLOSING
 VISIBLE = 0.005  # what two decimals show
+WORD_START = "▁"
 FAINTEST = 0.05  # of the strongest: what is left out of the marks as noise
 
 _WORD = re.compile(r"\w")
@@ -164,9 +165,10 @@ class Explainer:
         added: dict[int, float] = {}  # by token; one that comes twice counts once
         shares: dict[str, float] = {}
         for word in words:
-            new = {t: w * weights[t] for t, _, w in word.tokens if t in weights and t not in added}
-            if share := sum(new.values()):
-                shares[word.shared(new)] = share
+            new = {t: w * weights.get(t, 0) for t, _, w in word.tokens if t not in added}
+            new = {token: share for token, share in new.items() if share > 0}
+            if new:
+                shares[word.shared(new)] = sum(new.values())
             added |= new
         text = passage.page_content
         places = [span for span in spans(self._tokenizer, text) if span.token in added]
@@ -176,12 +178,15 @@ class Explainer:
 
 
 def spans(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[Span]:
-    """Give the tokens that stand for some of the text, in its order."""
+    """Give the tokens of a text in their order.
+
+    SentencePiece's mark of a word's start can be a token of its own, which has no width.
+    """
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
     names = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
     rows = zip(encoded["input_ids"], encoded["offset_mapping"], names, strict=True)
-    # SentencePiece's mark of a word's start can be a token; its place is the next one's.
-    yield from (Span(token, *place) for token, place, name in rows if name != "▁")
+    for token, (start, end), name in rows:
+        yield Span(token, start, start if name == WORD_START else end)
 
 
 def same_word(text: str, before: Span, after: Span) -> bool:
@@ -192,8 +197,11 @@ def same_word(text: str, before: Span, after: Span) -> bool:
 
 def word(text: str, group: Sequence[Span], weights: dict[int, float]) -> Word:
     """Make a word of its tokens."""
-    tokens = ((token, text[start:end], weights.get(token, 0.0)) for token, start, end in group)
-    return Word(text[group[0].start : group[-1].end], tuple(tokens))
+    tokens = tuple(
+        (token, text[start:end] or WORD_START, weights.get(token, 0.0))
+        for token, start, end in group
+    )
+    return Word("".join(part for _, part, _ in tokens), tokens)
 
 
 def joined(text: str, marks: Iterable[Mark]) -> list[Mark]:

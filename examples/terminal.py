@@ -89,12 +89,10 @@ def fit(text: str, width: int) -> str:
     'trouble…, row 12'
     """
     text = plain(text)
-    if cells(text) <= width:
-        return text + " " * (width - cells(text))
-    room = max(width - 1, 0)
-    tail = _fitting(reversed(text), room // 2)[::-1]
-    head = _fitting(text, room - cells(tail))
-    return fit(f"{head}…{tail}", width)
+    if cells(text) > width:
+        tail = _fitting(reversed(text), (width - 1) // 2)[::-1]
+        text = _fitting(text, width - 1 - cells(tail)) + "…"[:width] + tail
+    return text + " " * (width - cells(text))
 
 
 def _fitting(characters: Iterable[str], width: int) -> str:
