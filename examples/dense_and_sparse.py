@@ -8,6 +8,7 @@ python examples/dense_and_sparse.py --small            # a small English model, 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from itertools import islice
 
@@ -41,6 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", default="BAAI/bge-m3", help="hub id or folder of a checkpoint")
     model.add_argument("--small", action="store_true", help="a small model, English only")
+    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning"])
     return parser.parse_args(arguments)
 
 
@@ -56,6 +58,7 @@ def choose(args: argparse.Namespace) -> tuple[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the example and give the exit status."""
     args = parse(arguments)
+    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s: %(message)s")
     try:
         model, passage = choose(args)
         show(BGEM3Embeddings(model=model), passage)

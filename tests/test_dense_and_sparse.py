@@ -50,8 +50,15 @@ def check_report(report: str, dimensions: int) -> list[str]:
 def test_a_checkpoint_folder(tiny_checkpoint: Path) -> None:
     ended = run("--model", str(tiny_checkpoint))
     assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
     tokens = check_report(ended.stdout, dimensions=32)
     assert all(token in ended.stdout.splitlines()[0] for token in tokens if token.isalpha())
+
+
+def test_the_log_is_shown_on_request(tiny_checkpoint: Path) -> None:
+    ended = run("--model", str(tiny_checkpoint), "--log-level", "info")
+    assert "INFO: " in ended.stderr
+    check_report(ended.stdout, dimensions=32)
 
 
 def test_the_small_model_reads_english(small_checkpoint: Path) -> None:
