@@ -33,6 +33,7 @@ WORD_START = "▁"
 FAINTEST = 0.05  # of the strongest: what is left out of the marks as noise
 
 _WORD = re.compile(r"\w")
+# Two characters inside of a word, and of what is written without a blank; Chinese has neither.
 _LETTERS = re.compile(rf"[^\W{CJK}]{{2}}")
 _UNBROKEN = re.compile(rf"[^\s{CJK}]{{2}}")
 _LONGEST_WORD = 30
@@ -137,7 +138,8 @@ class Explainer:
         from transformers import AutoTokenizer
 
         self._embeddings = embeddings
-        self._tokenizer = AutoTokenizer.from_pretrained(embeddings.model)
+        embeddings.load()  # so that its files are here
+        self._tokenizer = AutoTokenizer.from_pretrained(embeddings.model, local_files_only=True)
 
     def words(self, query: str) -> list[Word]:
         """Give the query's words with the lexical weights of their tokens."""
@@ -146,7 +148,7 @@ class Explainer:
         ).lexical
         groups: list[list[Span]] = []
         for span in spans(self._tokenizer, query):
-            if groups and same_word(query, groups[-1][-1], span):
+            if groups and touch(_LETTERS, query, groups[-1][-1], span):
                 groups[-1].append(span)
             else:
                 groups.append([span])
@@ -168,7 +170,8 @@ class Explainer:
             new = {t: w * weights.get(t, 0) for t, _, w in word.tokens if t not in added}
             new = {token: share for token, share in new.items() if share > 0}
             if new:
-                shares[word.shared(new)] = sum(new.values())
+                name = word.shared(new)
+                shares[name] = shares.get(name, 0) + sum(new.values())
             added |= new
         text = passage.page_content
         places = [span for span in spans(self._tokenizer, text) if span.token in added]
@@ -189,10 +192,10 @@ def spans(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[Span]:
         yield Span(token, start, start if name == WORD_START else end)
 
 
-def same_word(text: str, before: Span, after: Span) -> bool:
-    """Say whether two tokens are parts of one word; a character of Chinese is a word."""
-    place = before.end
-    return place == after.start and bool(_LETTERS.fullmatch(text, place - 1, place + 1))
+def touch(pair: re.Pattern[str], text: str, before: Span | Mark, after: Span | Mark) -> bool:
+    """Say whether one place follows the other with such a pair of characters where they meet."""
+    place = after.start
+    return before.end == place and bool(pair.fullmatch(text, place - 1, place + 1))
 
 
 def word(text: str, group: Sequence[Span], weights: dict[int, float]) -> Word:
@@ -213,11 +216,7 @@ def joined(text: str, marks: Iterable[Mark]) -> list[Mark]:
     whole: list[Mark] = []
     for mark in marks:
         last = whole[-1] if whole else None
-        if (
-            last
-            and last.end == mark.start
-            and _UNBROKEN.fullmatch(text, last.end - 1, last.end + 1)
-        ):
+        if last and touch(_UNBROKEN, text, last, mark):
             whole[-1] = Mark(last.start, mark.end, max(last.strength, mark.strength))
         else:
             whole.append(mark)
