@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CJK = r"\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
-_CLOSING = "，。！？；：、”’）》」』】"
-# A word, or one character of a script that may break anywhere but before closing punctuation.
-_UNIT = re.compile(rf"(?:[^\s{CJK}]+|\S)[{_CLOSING}]*\s?")
+_OPENING = r"“‘（《「『【\["
+_CLOSING = r"，。！？；：、”’）》」』】\]"
+# A word, or one character of a script that may break anywhere but inside of its punctuation.
+_UNIT = re.compile(rf"[{_OPENING}]*(?:[^\s{CJK}]+|\S)[{_CLOSING}]*\s?")
 
 
 def plain(text: str) -> str:
@@ -86,7 +87,7 @@ def fit(text: str, width: int) -> str:
     """Bring a text to a width: blanks behind a shorter one, an ellipsis inside of a longer one.
 
     >>> fit("troubleshooting.csv, row 12", 16)
-    'trouble…, row 12'
+    'troubles… row 12'
     """
     text = plain(text)
     if cells(text) > width:

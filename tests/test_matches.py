@@ -1,6 +1,7 @@
 """Marks in a text, and the parts of it that are shown."""
 
 import pytest
+from hybrid_terminal import OFF, ON, styled
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.documents import Document
@@ -73,6 +74,18 @@ def test_weights_of_a_word_are_those_of_its_tokens(tiny):
     assert words[-1].text == "vectors"
     assert len(words[-1].tokens) > 1
     assert {token: w for word in words for token, _, w in word.tokens if w} == weights
+
+
+def test_a_mark_goes_on_in_the_next_line(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    lines = styled(f"{OPENING[0]}稠密向量{CLOSING}检索", 6)
+    assert lines == [f"{ON}稠密向{OFF}", f"{ON}量{OFF}检索"]
+
+
+def test_a_bracket_stays_with_its_word(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert styled(f"意思相{OPENING[0]}同{CLOSING}，却", 8) == ["意思相", "[同]，却"]
 
 
 def test_parts_of_a_word_are_shown_as_such(small):
