@@ -93,7 +93,7 @@ def while_indexing(embeddings: Any, queries: list[str], corpus: list[str]) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a checkpoint of BGE-M3's size")
-    parser.add_argument("--backends", nargs="+", default=["torch"])
+    parser.add_argument("--backends", nargs="+", default=["torch", "openvino"])
     arguments = parser.parse_args()
     print(machine() + "\n")
     results = {}

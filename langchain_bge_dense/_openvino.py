@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from langchain_bge_dense import _openvino_fork
 from langchain_bge_dense._checkpoint import Reading
 from langchain_bge_dense._loading import quiet_transformers
 from langchain_bge_dense._openvino_graph import (
@@ -72,12 +73,14 @@ def replace_encoder(flag: BGEM3FlagModel, digest: str, dtype: str, cache_folder:
         )
         raise ValueError(msg)
     ov = import_openvino()
-    if dtype == "float32":
-        graph = build_graph(encoder, dtype)
+    if _openvino_fork.threads_are_lost():
+        compiled = None
+    elif dtype == "float32":
+        compiled = compile_graph(build_graph(encoder, dtype), dtype)
     else:
         entry = cache_folder / f"{digest}-{dtype}-{FORMAT}-{version('openvino')}"
-        graph = _from_cache(ov, entry, encoder.name_or_path, dtype)
-    flag.model.model = OpenVinoEncoder(encoder, compile_graph(graph, dtype))
+        compiled = compile_graph(_from_cache(ov, entry, encoder.name_or_path, dtype), dtype)
+    flag.model.model = OpenVinoEncoder(encoder, compiled)
 
 
 class OpenVinoEncoder(nn.Module):
@@ -85,7 +88,7 @@ class OpenVinoEncoder(nn.Module):
 
     Args:
         encoder: The transformers encoder; its embeddings are kept, its layers are not.
-        compiled: Its layers.
+        compiled: Its layers; None where they cannot run, after a fork.
     """
 
     def __init__(self, encoder: Any, compiled: Any) -> None:
@@ -93,10 +96,11 @@ class OpenVinoEncoder(nn.Module):
         self.config = encoder.config
         self.name_or_path = encoder.name_or_path
         self.embeddings = encoder.embeddings
-        self._request = compiled.create_infer_request()
+        self._running = _openvino_fork.Running(compiled)
+        self._in_torch: list[Any] = []
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> BaseModelOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
         """Run a batch.
 
         Args:
@@ -104,8 +108,11 @@ class OpenVinoEncoder(nn.Module):
             attention_mask: 1 for tokens, 0 for padding, `(B, T)`.
 
         Returns:
-            `last_hidden_state`, `(B, T, D)`, float32, zero at padding.
+            An output whose `last_hidden_state` is `(B, T, D)`, float32, zero at padding.
         """
+        request = self._running.request
+        if request is None:
+            return self._torch_encoder()(input_ids=input_ids, attention_mask=attention_mask)
         states = self.embeddings(input_ids=input_ids)  # (B, T, D)
         width = states.shape[-1]
         mask = attention_mask.bool()  # (B, T)
@@ -118,10 +125,19 @@ class OpenVinoEncoder(nn.Module):
             "bias": (~mask).float().mul_(MASKED)[:, None, None],  # (B, 1, 1, T)
         }
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        packed = self._request.infer(arrays, share_inputs=True, share_outputs=True)[0]  # (S, D)
+        packed = request.infer(arrays, share_inputs=True, share_outputs=True)[0]  # (S, D)
         hidden = states.new_zeros(mask.numel(), width)  # (B * T, D)
         hidden[tokens] = torch.from_numpy(packed)
         return BaseModelOutput(last_hidden_state=hidden.view(*mask.shape, width))
+
+    def _torch_encoder(self) -> Any:
+        if not self._in_torch:
+            logger.warning(
+                "This process was forked from one that had loaded the model, and OpenVINO's "
+                "threads are not in it: PyTorch runs it here, slower. Load it after the fork."
+            )
+            self._in_torch.append(self.exact())  # in a list, as it is no part of this module
+        return self._in_torch[0]
 
     def exact(self) -> Any:
         """Load the encoder as PyTorch runs it, in float32, from the checkpoint's own weights."""
