@@ -23,8 +23,8 @@ demo: $(VENV)/.demo ## search the handbook in examples/documents; QUERY="..." as
 test: $(VENV)/.dev ## run the tests; ARGS="..." goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-soak: $(VENV)/.dev ## run the tests that take minutes
-	$(BIN)/python -m pytest -m soak $(ARGS)
+soak: $(VENV)/.dev ## try what can go wrong, and say what was lost
+	PYTHONPATH=tests $(BIN)/python -m pytest -p faults -m "" $(ARGS)
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/ruff check .

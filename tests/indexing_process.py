@@ -1,9 +1,9 @@
 """Indexes documents into Chroma as a process of its own, to be killed.
 
-    python indexing_process.py '{"persist_directory": "db"}' 1000 [die]
+    python indexing_process.py '{"persist_directory": "db"}' 1000 [die] [from=0]
 
-Prints the position of each document that it reads, and the counts when it is done. With `die` it
-kills itself where Chroma rewrites its vector index for the second time.
+Prints the position of each document that it reads, how many it embeds, and the counts when it is
+done. With `die` it kills itself where Chroma rewrites its vector index for the second time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,20 @@ from langchain_core.documents import Document
 from langchain_bge_dense.chroma import index_documents, open_chroma
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 BATCH = 40
+
+
+def telling(embed: Callable[[list[str]], list[list[float]]]) -> Callable:
+    """The same function, but it says how many texts it embeds."""
+
+    def embed_and_tell(texts: list[str]) -> list[list[float]]:
+        sys.stdout.write(f"embeds {len(texts)}\n")
+        sys.stdout.flush()
+        return embed(texts)
+
+    return embed_and_tell
 
 
 def documents(count: int, first: int = 0) -> Iterator[Document]:
@@ -49,10 +60,12 @@ def die_rewriting(store, folder: Path) -> None:
 
 def main(place: dict, count: int, *options: str) -> None:
     embeddings = HashedEmbeddings()
+    embeddings.embed_documents = telling(embeddings.embed_documents)
+    first = max(int(option[5:]) for option in ("from=0", *options) if option.startswith("from="))
     store = open_chroma(embeddings, "passages", **place)
     if "die" in options:
         die_rewriting(store, Path(place["persist_directory"]))
-    done = index_documents(store, documents(count), batch_size=BATCH)
+    done = index_documents(store, documents(count, first), batch_size=BATCH)
     sys.stdout.write(f"{done} {embeddings.embedded}\n")
 
 

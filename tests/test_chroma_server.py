@@ -76,14 +76,16 @@ def test_opened_by_two_models_at_once(place):
 
 
 def test_two_processes_at_once(place):
-    command = [sys.executable, str(SCRIPT), json.dumps(place), "300"]
+    command = [sys.executable, str(SCRIPT), json.dumps(place)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parts = (["300"], ["400", "from=100"])
     processes = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) for _ in range(2)
+        subprocess.Popen([*command, *part], stdout=subprocess.DEVNULL, env=environment)
+        for part in parts
     ]
     assert [process.wait(120) for process in processes] == [0, 0]
     store = open_chroma(HashedEmbeddings(), "passages", **place)
-    assert sorted(m["number"] for m in store.get()["metadatas"]) == list(range(300))
+    assert sorted(m["number"] for m in store.get()["metadatas"]) == list(range(400))
 
 
 def test_the_server_stops_and_comes_back(server, place, monkeypatch, caplog):
