@@ -61,7 +61,9 @@ class Bar(tqdm):  # type: ignore[type-arg]
 
     def __init__(self, documents: object, *, show: bool) -> None:
         total = len(documents) if isinstance(documents, Sized) else None
-        super().__init__(total=total, unit=" documents", desc="Indexing", disable=not show)
+        about = {"desc": "Indexing", "unit": " documents", "total": total}
+        # Each chunk is shown: there are few.
+        super().__init__(**about, mininterval=0, miniters=1, disable=not show)
 
     def show(self, done: IndexResult) -> None:
         """Say how far it is, and how many tokens a second were embedded."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 # Before Ray starts: it would report its usage to its makers.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 try:
@@ -26,6 +24,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    import numpy as np
     from ray.data import Dataset
 
     from langchain_bge_dense.embeddings import BGEM3Embeddings
@@ -35,6 +34,8 @@ __all__ = ["embed_dataset"]
 _ROWS = 2_048  # embedded at once
 _CORES = 4  # of one actor, where the machine has more
 
+# Not of a fixed size: pyarrow 25 cannot read nulls of such a column from Parquet.
+_VECTOR = pa.list_(pa.float32())
 _LEXICAL = pa.map_(pa.int32(), pa.float32())
 
 
@@ -63,7 +64,7 @@ def embed_dataset(  # noqa: PLR0913
             changes.
         embeddings: The settings of the model. `document_instruction` and `on_truncate` hold.
         text_column: Of strings.
-        vector_column: Added, a list of D float32 of fixed size.
+        vector_column: Added, a list of D float32.
         lexical_column: Added where it is named, a map of token id to weight.
         error_column: Added, null where all is well.
         concurrency: Actors, or the fewest and the most of them; None: what the cluster has GPUs, or
@@ -135,7 +136,7 @@ class _Embedder:
         given = text in table.column_names  # a file of many may lack the column
         texts = table.column(text).to_pylist() if given else [None] * len(table)
         rows = self._encode(texts)
-        table = table.append_column(vector, _vectors(rows, self._embeddings.dimension))
+        table = table.append_column(vector, pa.array([row.vector for row in rows], _VECTOR))
         if lexical is not None:
             weights = [None if row.weights is None else list(row.weights.items()) for row in rows]
             table = table.append_column(lexical, pa.array(weights, _LEXICAL))
@@ -155,15 +156,6 @@ class _Embedder:
         lexical: Sequence[dict[int, float] | None] = encoding.lexical or [None] * len(texts)
         pairs = zip(encoding.dense, lexical, strict=True)  # type: ignore[arg-type]
         return [_Row(vector, weights, None) for vector, weights in pairs]
-
-
-def _vectors(rows: Sequence[_Row], dimension: int) -> pa.Array:
-    """The vector column, null where there is none."""
-    zero = np.zeros(dimension, np.float32)
-    values = [zero if row.vector is None else row.vector for row in rows]
-    flat = np.concatenate([np.empty(0, np.float32), *values])  # (N * D,)
-    missing = pa.array([row.vector is None for row in rows], pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat), dimension, mask=missing)
 
 
 def _check(columns: _Columns, there: Sequence[str]) -> None:
