@@ -61,9 +61,14 @@ class Bar(tqdm):  # type: ignore[type-arg]
 
     def __init__(self, documents: object, *, show: bool) -> None:
         total = len(documents) if isinstance(documents, Sized) else None
-        about = {"desc": "Indexing", "unit": " documents", "total": total}
-        # Each chunk is shown: there are few.
-        super().__init__(**about, mininterval=0, miniters=1, disable=not show)
+        super().__init__(
+            desc="Indexing",
+            total=total,
+            unit=" documents",
+            mininterval=0,  # each chunk is shown: there are few
+            miniters=1,
+            disable=not show,
+        )
 
     def show(self, done: IndexResult) -> None:
         """Say how far it is, and how many tokens a second were embedded."""

@@ -40,8 +40,12 @@ FAULTS = {
         "test_encoder.py::test_what_is_not_finite",
         "test_indexing.py::test_vectors_that_are_not_finite",
     ],
-    "Ctrl-C in a long call": ["test_processes.py::*ctrl_c"],
-    "fork, spawn, pickle and exit with work queued": ["test_processes.py"],
+    "Ctrl-C in a long call": ["test_processes.py::*openvino-ctrl_c"],
+    "fork, spawn, pickle and exit with work queued": [
+        "test_processes.py::*openvino-",
+        "test_processes.py::test_a_spawned",
+        "test_processes.py::test_a_pickle",
+    ],
     "texts of arbitrary Unicode, and items that are no texts": [
         "test_faults.py::test_arbitrary_unicode"
     ],
