@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Padded tokens per forward pass. CPU: activations stay in the cache (benchmarks/README.md).
-BATCH_TOKENS = {"cpu": 512, "mps": 8_192, "cuda": 65_536}
+BATCH_TOKENS = {"cpu": 512, "openvino": 1_024, "mps": 8_192, "cuda": 65_536}
 
 _TOKENIZER_CHUNK = 256
 
@@ -94,7 +94,8 @@ class Encoder:
     @property
     def batch_tokens(self) -> int:
         """The default budget of padded tokens per forward pass on this device."""
-        return BATCH_TOKENS.get(self._device.type, BATCH_TOKENS["cpu"])
+        kind = "openvino" if isinstance(self._model.model, OpenVinoEncoder) else self._device.type
+        return BATCH_TOKENS.get(kind, BATCH_TOKENS["cpu"])
 
     def count(self, text: str) -> int:
         """Number of tokens of a text, special tokens left out."""
