@@ -5,6 +5,7 @@ A plugin of pytest that `make soak` loads: it runs the tests of this table alone
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+# oneDNN keeps what it compiled for up to 1,024 shapes of batches, which would look like a leak.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 # Fault to its tests, by the beginnings of their names.
 FAULTS = {

@@ -38,10 +38,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path
 
 KILLS = 20
 DOCUMENTS = 3_000  # Chroma rewrites its index at each thousand
-LATEST = 1.0  # seconds after its first document at which a process is killed
+LATEST = 0.8  # seconds after its first document at which a process is killed
 
 CALLERS = 200
-WARM_UP, SECONDS = 15.0, 60.0
+WARM_UP, SECONDS = 5.0, 60.0
 GROWTH = 1.05  # of memory, from the first third to the last
 
 
