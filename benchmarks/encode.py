@@ -27,7 +27,6 @@ from common import finish, machine, median_seconds, mixed_lengths, peak_memory, 
 
 # Multiply-adds of the linear layers of BGE-M3 (24 layers, 1,024 wide), 2 FLOP each, per token.
 FLOP_PER_TOKEN = 2 * 24 * (4 * 1024**2 + 2 * 1024 * 4096)
-CORPUS_TOKENS = 3_000
 QUERY_TOKENS = (30, 10)
 
 OURS = {
@@ -114,12 +113,12 @@ def matrix_peak() -> float:
     return max(rates)
 
 
-def write_texts(model: str, file: Path) -> int:
+def write_texts(model: str, tokens: int, file: Path) -> int:
     from langchain_bge_dense import BGEM3Embeddings
 
     embeddings = BGEM3Embeddings(model=model, backend="torch", dtype="bfloat16")
     chooser = random.Random(0)
-    lengths = mixed_lengths(CORPUS_TOKENS, chooser)
+    lengths = mixed_lengths(tokens, chooser)
     corpus = [text_of(length - 2, embeddings.count_tokens, chooser) for length in lengths]
     queries = [text_of(length - 2, embeddings.count_tokens, chooser) for length in QUERY_TOKENS]
     tokens = sum(embeddings.count_tokens(text) + 2 for text in corpus)
@@ -129,10 +128,9 @@ def write_texts(model: str, file: Path) -> int:
 
 def contenders(arguments: argparse.Namespace) -> dict[str, str]:
     """Names and the Python that runs each."""
-    chosen = dict.fromkeys((FLAG, HUGGINGFACE, *OURS), sys.executable)
-    if arguments.openvino_python:
-        chosen[ST_OPENVINO] = arguments.openvino_python
-    return {n: p for n, p in chosen.items() if not arguments.only or arguments.only in n}
+    chosen = dict.fromkeys((FLAG, HUGGINGFACE, ST_OPENVINO, *OURS), sys.executable)
+    chosen[ST_OPENVINO] = arguments.openvino_python
+    return {n: p for n, p in chosen.items() if p and (not arguments.only or arguments.only in n)}
 
 
 def run(name: str, python: str, model: str, folder: Path) -> dict[str, float]:
@@ -230,6 +228,7 @@ def main() -> None:
     parser.add_argument(
         "--openvino-python", help="Python with benchmarks/requirements-openvino.txt"
     )
+    parser.add_argument("--tokens", type=int, default=6_000, help="of the corpus")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", help="contenders whose name holds this")
     parser.add_argument("--chart", type=Path, help="write a bar chart here")
@@ -248,7 +247,7 @@ def compare(arguments: argparse.Namespace) -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokens = write_texts(arguments.model, folder / "texts.json")
+        tokens = write_texts(arguments.model, arguments.tokens, folder / "texts.json")
         peak = matrix_peak()
         print(
             f"{machine()}\n\nCorpus of {tokens:,} tokens. "
@@ -263,9 +262,9 @@ def compare(arguments: argparse.Namespace) -> None:
     table(results, cosines, peak)
     print()
     start_table(results)
+    finish("encode", {"peak": peak, "figures": results, "cosines": cosines})
     if arguments.chart:
         chart(results, arguments.chart)
-    finish("encode", {"peak": peak, "figures": results, "cosines": cosines})
 
 
 if __name__ == "__main__":
