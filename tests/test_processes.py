@@ -253,7 +253,7 @@ def in_child(task: Callable[[], bool | None]) -> None:
         os._exit(code)
 
 
-@pytest.fixture(scope="module", params=["torch", "openvino"])
+@pytest.fixture(scope="module", params=["torch", pytest.param("openvino", marks=pytest.mark.soak)])
 def outcomes(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple]:
