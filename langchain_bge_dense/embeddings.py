@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.embeddings import Embeddings
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    field_validator,
+)
 
-from langchain_bge_dense._calls import Call, progress_bar
-from langchain_bge_dense._settings import ModelSettings
-from langchain_bge_dense._texts import checked
+from langchain_bge_dense._engine.checkpoint import Checkpoint, read_checkpoint
+from langchain_bge_dense._engine.hub import HubSource, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import numpy as np
+    from FlagEmbedding import BGEM3FlagModel
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
-    from langchain_bge_dense._encoding import M3Encoding
+    from langchain_bge_dense._engine.engine import Engine, Options
+    from langchain_bge_dense._engine.outputs import M3Encoding
+
+_UNLOADED = {"_found": None, "_engine": None, "_paired": False}
 
 
-class BGEM3Embeddings(ModelSettings, Embeddings):
+class BGEM3Embeddings(BaseModel, Embeddings):
     """BGE-M3 embeddings, computed on this machine by FlagEmbedding's `BGEM3FlagModel`.
 
     The model is loaded with the first text. Instances with equal model settings share it, and all
@@ -34,6 +51,100 @@ class BGEM3Embeddings(ModelSettings, Embeddings):
         True
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    model: str = Field("BAAI/bge-m3", validation_alias=AliasChoices("model", "model_name"))
+    """Hub id, or local folder of a checkpoint."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    token: SecretStr | None = None
+    """Access token of the hub; None: the one that the hub's own login stored."""
+    cache_folder: str | None = None
+    """Where downloads are kept; None: the hub's own cache."""
+    local_files_only: bool = False
+    """Never ask the hub: what is not in the cache is an error."""
+    device: str = "auto"
+    """`"auto"` (CUDA, then MPS, then CPU) or any torch device."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """`"auto"`: float16 on CUDA and MPS; on a CPU bfloat16 where it has it in hardware.
+
+    `"int8"` is for a CPU: weights take half of bfloat16's memory, and products are in int8.
+    """
+    pooling: Literal["auto", "cls", "mean"] = "auto"
+    """`"auto"`: what the checkpoint's `1_Pooling/config.json` says, else cls."""
+    normalize: bool = True
+    """Scale vectors to unit length, computed in float32."""
+    max_length: int | None = Field(None, ge=3)
+    """Longest text in tokens; None: as many as the checkpoint has positions for."""
+    on_truncate: Literal["warn", "raise", "ignore"] = "warn"
+    """What to do about a text that is longer than `max_length`."""
+    query_instruction: str = ""
+    """Put in front of every query."""
+    document_instruction: str = ""
+    """Put in front of every document."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Tokens per forward pass; None: measured best for the device."""
+    show_progress: bool = False
+    """Show a bar over texts in `embed_documents` and `encode`."""
+
+    _found: Any = PrivateAttr(None)
+    _engine: Any = PrivateAttr(None)
+    _paired: bool = PrivateAttr(default=False)
+
+    @field_validator("model", "cache_folder", mode="before")
+    @classmethod
+    def _path_to_str(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    def __eq__(self, other: object) -> bool:
+        """Equal settings, whether the model is loaded or not."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self.__dict__.values()))
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Pickles and copies carry the settings alone."""
+        return {**super().__getstate__(), "__pydantic_private__": dict(_UNLOADED)}
+
+    def __copy__(self) -> Self:
+        copied = super().__copy__()
+        # The copy's fields may be about to change: it finds and loads its own model.
+        copied.__pydantic_private__ = dict(_UNLOADED)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self.__copy__()
+
+    @classmethod
+    def from_flag_model(cls, flag: BGEM3FlagModel, **fields: Any) -> Self:
+        """Take over a model that the caller has loaded, with the weights that it has now.
+
+        Args:
+            flag: A loaded `BGEM3FlagModel`.
+            fields: Other fields of `BGEM3Embeddings`, such as `on_truncate`.
+
+        Returns:
+            Embeddings with the model's pooling, normalisation and instructions. A pickle of them
+            loads the same checkpoint anew.
+
+        Raises:
+            ValueError: The model's instruction formats put more than a text in front.
+            FileNotFoundError: The checkpoint's files are no longer where they were loaded from.
+
+        Example:
+            >>> from FlagEmbedding import BGEM3FlagModel
+            >>> flag = BGEM3FlagModel(checkpoint, use_fp16=False, devices="cpu")
+            >>> BGEM3Embeddings.from_flag_model(flag).pooling
+            'cls'
+        """
+        from langchain_bge_dense._engine.engine import wrap
+
+        engine, settings = wrap(flag)
+        embeddings = cls(**{**settings, **fields})
+        embeddings._engine, embeddings._found = engine, engine.checkpoint
+        return embeddings
+
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed passages.
 
@@ -46,7 +157,7 @@ class BGEM3Embeddings(ModelSettings, Embeddings):
         Raises:
             TypeError: An item is not a string; the error names its index.
             ValueError: A text cannot be encoded, or is too long with `on_truncate="raise"`.
-            FloatingPointError: A vector is not finite in float32 either.
+            FloatingPointError: A vector is non-finite, in float32 too.
 
         Example:
             >>> embeddings = BGEM3Embeddings(model=checkpoint)
@@ -54,13 +165,10 @@ class BGEM3Embeddings(ModelSettings, Embeddings):
             >>> len(vectors)
             2
         """
-        if not texts:
+        if len(texts) == 0:  # `not texts` would refuse a NumPy array
             return []
-        if self._memo is None:
-            encoding = self.encode(texts)
-        else:
-            encoding = self._memo.take("dense", checked(texts), self.document_instruction, self)
-        return encoding.dense.tolist()  # type: ignore[union-attr, no-any-return]
+        engine, options = self._loaded(), self._options(query=False)
+        return _floats(engine.encode(texts, options, show_progress=self.show_progress))
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a query, ahead of documents that wait.
@@ -74,48 +182,41 @@ class BGEM3Embeddings(ModelSettings, Embeddings):
         Raises:
             TypeError: `text` is not a string.
             ValueError: It cannot be encoded, or is too long with `on_truncate="raise"`.
-            FloatingPointError: The vector is not finite in float32 either.
+            FloatingPointError: The vector is non-finite, in float32 too.
 
         Example:
             >>> vector = BGEM3Embeddings(model=checkpoint).embed_query("what is a vector?")
         """
-        if self._memo is not None:
-            encoding = self._memo.take("dense", checked([text]), self.query_instruction, self)
-            return encoding.dense[0].tolist()  # type: ignore[index, no-any-return]
-        call = self._call(self.query_instruction, urgent=True)
-        [part] = call.run([text])
-        return call.floats(part)[0]
+        return _floats(self._loaded().encode([text], self._options(query=True)))[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """`embed_documents` for an event loop; cancelling it drops the texts that have not run."""
-        texts = checked(texts)
-        await self._aload()
-        call = self._call(self.document_instruction)
-        vectors: list[list[float]] = []
-        async for part in call.arun(texts):
-            vectors += call.floats(part, first=len(vectors))
-        return vectors
+        if len(texts) == 0:  # `not texts` would refuse a NumPy array
+            return []
+        return await self._aembed(texts, query=False)
 
     async def aembed_query(self, text: str) -> list[float]:
         """`embed_query` for an event loop; cancelling it drops the query."""
-        await self._aload()
-        call = self._call(self.query_instruction, urgent=True)
-        [part] = [part async for part in call.arun([text])]
-        return call.floats(part)[0]
+        return (await self._aembed([text], query=True))[0]
+
+    async def _aembed(self, texts: list[str], *, query: bool) -> list[list[float]]:
+        engine = self._engine or await asyncio.to_thread(self._loaded)
+        encoding = await engine.aencode(texts, self._options(query=query))
+        return await asyncio.to_thread(_floats, encoding)
 
     def embed_stream(self, texts: Iterable[str]) -> Iterator[NDArray[np.float32]]:
         """Embed passages from any iterable, in constant memory.
 
         Args:
-            texts: Passages; up to two windows of 2,048 are read ahead of what is taken.
+            texts: Passages; up to two requests of 2,048 are read ahead of what is taken.
 
         Returns:
             An iterator of dense vectors, each `(D,)` float32, in the order of the passages.
 
         Raises:
-            TypeError: An item is not a string; vectors of earlier windows have come by then.
+            TypeError: An item is not a string; vectors of earlier requests have come by then.
             ValueError: A text cannot be encoded, or is too long with `on_truncate="raise"`.
-            FloatingPointError: A vector is not finite in float32 either.
+            FloatingPointError: A vector is non-finite, in float32 too.
 
         Example:
             >>> embeddings = BGEM3Embeddings(model=checkpoint)
@@ -123,10 +224,7 @@ class BGEM3Embeddings(ModelSettings, Embeddings):
             >>> [vector.dtype.name for vector in stream]
             ['float32', 'float32', 'float32']
         """
-        if isinstance(texts, (str, bytes)):
-            checked(texts)
-        call = self._call(self.document_instruction)
-        return call.stream(texts)
+        return self._loaded().stream(texts, self._options(query=False))
 
     def encode(
         self,
@@ -153,24 +251,24 @@ class BGEM3Embeddings(ModelSettings, Embeddings):
             TypeError: An item is not a string; the error names its index.
             ValueError: No output is asked for, the checkpoint has no heads for it, a text cannot be
                 encoded, or is too long with `on_truncate="raise"`.
-            FloatingPointError: An output is not finite in float32 either.
+            FloatingPointError: An output is non-finite, in float32 too.
 
         Example:
             >>> encoding = BGEM3Embeddings(model=checkpoint).encode(["a passage"], lexical=True)
             >>> encoding.dense.shape[0], len(encoding.lexical)
             (1, 1)
         """
-        texts = checked(texts)
-        call = self._call(
-            self.document_instruction if instruction is None else instruction,
+        options = self._options(query=False)
+        if instruction is not None:
+            options = options._replace(instruction=instruction)
+        return self._loaded().encode(
+            texts,
+            options._replace(paired=False),
             dense=dense,
             lexical=lexical,
             colbert=colbert,
-            urgent=len(texts) == 1,
+            show_progress=self.show_progress,
         )
-        with progress_bar(len(texts), show=self.show_progress) as bar:
-            parts = list(call.run(texts, bar))
-        return call.encoding(parts)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text without the special ones around it: a splitter's `length_function`.
@@ -179,7 +277,7 @@ class BGEM3Embeddings(ModelSettings, Embeddings):
             >>> BGEM3Embeddings(model=checkpoint).count_tokens("")
             0
         """
-        return self._loaded().encoder.count(*checked([text]))
+        return self._loaded().count_tokens(text)
 
     def tokens(self, weights: dict[int, float]) -> dict[str, float]:
         """Lexical weights with token strings for keys, the largest first, for people to read.
@@ -190,21 +288,123 @@ class BGEM3Embeddings(ModelSettings, Embeddings):
             >>> len(embeddings.tokens(weights)) == len(weights)
             True
         """
-        return self._loaded().encoder.named(weights)
+        return self._loaded().encoder.token_strings(weights)
 
-    async def _aload(self) -> None:
-        if self._engine is None:
-            await asyncio.to_thread(self._loaded)
+    @property
+    def dimension(self) -> int:
+        """Width of a dense vector. Reads the checkpoint's files, loads no weights."""
+        return self._checkpoint().dimension
 
-    def _call(self, instruction: str, *, urgent: bool = False, **signals: bool) -> Call:
-        engine = self._loaded()
-        return Call(
-            engine=engine,
-            signals=engine.signals(**signals),
-            instruction=instruction,
+    @property
+    def fingerprint(self) -> str:
+        """A short string naming all that changes the vectors, but not device and dtype.
+
+        It has letters, digits, `.`, `_` and `-` alone, so that it can name a folder or a namespace.
+        The twelve digits behind the model's name are of the checkpoint's files: a copy under
+        another name is known as the same model. Reads these files, loads no weights.
+
+        Example:
+            >>> fingerprint = BGEM3Embeddings(model=checkpoint).fingerprint
+            >>> fingerprint.endswith("-cls")
+            True
+        """
+        found = self._checkpoint()
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", found.name)
+        parts = [name, found.digest, self._pooling()]
+        if not self.normalize:
+            parts.append("unnormalized")
+        instructions = {"query": self.query_instruction, "document": self.document_instruction}
+        parts += [f"{kind}_{_digest(text)}" for kind, text in instructions.items() if text]
+        return "-".join(parts)
+
+    def load(self) -> Self:
+        """Load the model now instead of with the first text.
+
+        Raises:
+            FileNotFoundError: There is no such model here or on the hub.
+            ValueError: A setting does not fit the checkpoint or the machine.
+
+        Example:
+            >>> embeddings = BGEM3Embeddings(model=checkpoint).load()
+        """
+        self._loaded()
+        return self
+
+    def close(self) -> None:
+        """Let go of the model, which is freed with its last user; a later call loads it again.
+
+        Example:
+            >>> BGEM3Embeddings(model=checkpoint).load().close()
+        """
+        self._engine = self._found = None
+
+    def _sparse_side(self) -> Callable[..., list[dict[int, float]]]:
+        """The sparse embeddings of a hybrid store.
+
+        From now on the dense side computes lexical weights too, for this one to take, and the
+        other way round.
+        """
+        self._paired = True
+        return self._lexical
+
+    def _lexical(self, texts: list[str], *, query: bool) -> list[dict[int, float]]:
+        options = self._options(query=query)
+        encoding = self._loaded().encode(texts, options, dense=False, lexical=True)
+        return encoding.lexical or []
+
+    def _checkpoint(self) -> Checkpoint:
+        found: Checkpoint | None = self._found  # read once: `close` may come at any moment
+        if found is None:
+            token = None if self.token is None else self.token.get_secret_value()
+            source = HubSource(
+                self.model, self.revision, token, self.cache_folder, self.local_files_only
+            )
+            folder = resolve(source)
+            found = read_checkpoint(folder, Path(self.model).name or folder.name)
+            self._found = found
+        return found
+
+    def _pooling(self) -> str:
+        return self._checkpoint().pooling if self.pooling == "auto" else self.pooling
+
+    def _loaded(self) -> Engine:
+        engine: Engine | None = self._engine  # read once: `close` may come at any moment
+        if engine is None:
+            from langchain_bge_dense._engine.engine import shared_engine
+
+            self._longest()  # a wrong max_length should not cost the loading of the weights
+            engine = shared_engine(self._checkpoint(), self._pooling(), self.device, self.dtype)
+            self._engine = engine
+        return engine
+
+    def _options(self, *, query: bool) -> Options:
+        from langchain_bge_dense._engine.engine import Options
+
+        return Options(
+            instruction=self.query_instruction if query else self.document_instruction,
             max_length=self._longest(),
-            batch_tokens=self.batch_tokens or engine.encoder.batch_tokens,
-            normalize=self.normalize,
             on_truncate=self.on_truncate,
-            urgent=urgent,
+            normalize=self.normalize,
+            batch_tokens=self.batch_tokens,
+            urgent=query,
+            paired=self._paired and self._checkpoint().has_heads,
         )
+
+    def _longest(self) -> int:
+        positions = self._checkpoint().positions
+        if self.max_length is not None and self.max_length > positions:
+            msg = (
+                f"max_length={self.max_length:,} is more than the {positions:,} positions of "
+                f"{self.model!r}. Use {positions:,} or less."
+            )
+            raise ValueError(msg)
+        return self.max_length or positions
+
+
+def _floats(encoding: M3Encoding) -> list[list[float]]:
+    """Dense vectors as Python floats; row by row, so that other threads come to run."""
+    return [vector.tolist() for vector in encoding.dense]  # type: ignore[union-attr]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 import shutil
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -123,13 +124,26 @@ class TestTruncation:
     def test_it_can_be_ignored(self, tiny: BGEM3Embeddings) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            changed(tiny, on_truncate="ignore").embed_documents([self.LONG])
+            [vector] = changed(tiny, on_truncate="ignore").embed_documents([self.LONG])
+        with pytest.warns(UserWarning, match="were cut"):
+            assert tiny.embed_documents([self.LONG]) == [vector]
 
     def test_more_than_the_positions_is_an_error_with_both_numbers(
         self, tiny: BGEM3Embeddings
     ) -> None:
         with pytest.raises(ValueError, match="max_length=8,192 is more than the 512 positions"):
             changed(tiny, max_length=8_192).load()
+
+    @pytest.mark.parametrize("count", [3, 10, 512])
+    def test_exactly_the_limit_is_not_too_long(self, tiny: BGEM3Embeddings, count: int) -> None:
+        text, strict = "", changed(tiny, on_truncate="raise", max_length=count)
+        while tiny.count_tokens(text) < count - 2:
+            text += " a"
+        assert tiny.count_tokens(text) == count - 2
+        assert strict.encode([text]).truncated.tolist() == [False]
+        assert len(strict.embed_query(text)) == 32
+        with pytest.raises(ValueError, match=f"Text 0 has {count + 1} tokens, more than max_len"):
+            strict.embed_query(f"{text} a")
 
     def test_the_default_is_all_positions(self, tiny: BGEM3Embeddings) -> None:
         exact = "free " * 255
@@ -185,7 +199,7 @@ def test_a_dense_only_checkpoint_says_so(tiny_checkpoint: Path, tmp_path: Path) 
     folder = tmp_path / "dense-only"
     shutil.copytree(tiny_checkpoint, folder)
     (folder / "sparse_linear.pt").unlink()
-    embeddings = BGEM3Embeddings(model=folder, device="cpu", dtype="float32", backend="torch")
+    embeddings = BGEM3Embeddings(model=folder, device="cpu", dtype="float32")
     assert len(embeddings.embed_query("free")) == 32
     for signal in ("lexical", "colbert"):
         with pytest.raises(ValueError, match=r"dense-only checkpoint.*sparse_linear\.pt"):
@@ -259,8 +273,20 @@ class TestFingerprint:
             changed(tiny, document_instruction="find: "),
         ]
         assert len({variant.fingerprint for variant in variants}) == len(variants)
-        assert tiny.fingerprint.startswith("tiny@")
-        assert tiny.fingerprint.endswith(" pooling=cls normalize=True")
+        told = changed(tiny, query_instruction="find: ", document_instruction="text: ")
+        forms = [
+            (tiny, r"tiny-[0-9a-f]{12}-cls"),
+            (changed(tiny, pooling="mean", normalize=False), r"tiny-\w{12}-mean-unnormalized"),
+            (told, r"tiny-\w{12}-cls-query_[0-9a-f]{8}-document_[0-9a-f]{8}"),
+        ]
+        for variant, form in forms:
+            assert re.fullmatch(form, variant.fingerprint)
+
+    def test_it_can_name_a_folder(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(tiny_checkpoint, tmp_path / "größe 1: a+b")
+        fingerprint = BGEM3Embeddings(model=folder).fingerprint
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", fingerprint)
+        assert fingerprint != BGEM3Embeddings(model=tiny_checkpoint).fingerprint
 
     def test_it_does_not_depend_on_dtype_or_device(self, tiny: BGEM3Embeddings) -> None:
         same = changed(tiny, dtype="bfloat16", batch_tokens=7, max_length=100, device="auto")
@@ -280,6 +306,44 @@ def test_progress_is_shown_on_request(
     assert capsys.readouterr() == ("", "")
     changed(tiny, show_progress=True).embed_documents(["free"] * 5)
     assert "5/5" in capsys.readouterr().err
+    changed(tiny, show_progress=True).encode(["free"] * 3)
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_one_text_draws_no_bar(tiny: BGEM3Embeddings, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = changed(tiny, show_progress=True)
+    shown.embed_query("free")
+    shown.encode(["free"])
+    shown.embed_documents(["free"])
+    assert capsys.readouterr() == ("", "")
+
+
+async def test_without_normalisation_every_method_gives_raw_vectors(tiny: BGEM3Embeddings) -> None:
+    raw = changed(tiny, normalize=False)
+    expected = raw.encode(["free and equal"]).dense
+    assert np.linalg.norm(expected) > 1.5
+    for found in (
+        raw.embed_documents(["free and equal"]),
+        [raw.embed_query("free and equal")],
+        await raw.aembed_documents(["free and equal"]),
+        [await raw.aembed_query("free and equal")],
+        list(raw.embed_stream(["free and equal"])),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    scaled = tiny.embed_query("free and equal")
+    np.testing.assert_allclose(expected[0] / np.linalg.norm(expected), scaled, atol=1e-6)
+
+
+def test_equality_depends_on_the_fields_alone(tiny_checkpoint: Path) -> None:
+    one, other = (BGEM3Embeddings(model=tiny_checkpoint, device="cpu") for _ in range(2))
+    cache = {one: "found"}
+    one.load()
+    one._sparse_side()
+    assert one == other
+    assert hash(one) == hash(other)
+    assert cache[other] == cache[one] == "found"
+    assert one != changed(one, max_length=8)
+    assert one != one.model_dump()
 
 
 def test_instructions_of_a_callers_model_are_taken_over(tiny_checkpoint: Path) -> None:

@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_m3 import build
 
 from langchain_bge_dense import BGEM3Embeddings
-from langchain_bge_dense._checkpoint import _digest, read_checkpoint
-from langchain_bge_dense._weights import _shapes
+from langchain_bge_dense._engine.checkpoint import _digest, _shapes, read_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,7 +44,7 @@ def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **settings: Any) -> BGEM3Embeddings:
-    fixed = {"device": "cpu", "dtype": "float32", "backend": "torch"}
+    fixed = {"device": "cpu", "dtype": "float32"}
     return BGEM3Embeddings(model=folder, **fixed, **settings).load()
 
 
@@ -84,6 +83,10 @@ def tensors(change: Callable[[str], str]) -> Callable[[Path], object]:
         )
 
     return rename
+
+
+def head(name: str, **changed: torch.Tensor) -> Callable[[Path], object]:
+    return lambda folder: torch.save(torch.load(folder / name) | changed, folder / name)
 
 
 def without_tokens(folder: Path) -> None:
@@ -143,6 +146,21 @@ DAMAGES = {
         "colbert_linear.pt",
         "(16, 16)",
     ),
+    "head with a bias of another width": (
+        head("sparse_linear.pt", bias=torch.zeros(32)),
+        "sparse_linear.pt",
+        "(32,)",
+    ),
+    "head with a scalar for a bias": (
+        head("sparse_linear.pt", bias=torch.tensor(0.5)),
+        "sparse_linear.pt",
+        "'bias': ()",
+    ),
+    "head without a bias": (
+        lambda folder: torch.save({"weight": torch.zeros(32, 32)}, folder / "colbert_linear.pt"),
+        "colbert_linear.pt",
+        "instead of",
+    ),
     "heads swapped": (
         lambda folder: shutil.copy(folder / "colbert_linear.pt", folder / "sparse_linear.pt"),
         "sparse_linear.pt",
@@ -176,7 +194,7 @@ def test_a_damaged_file_is_named_and_the_repaired_one_loads(
 ) -> None:
     change, name, said = DAMAGES[damage]
     change(folder)
-    embeddings = BGEM3Embeddings(model=folder, device="cpu", dtype="float32", backend="torch")
+    embeddings = BGEM3Embeddings(model=folder, device="cpu", dtype="float32")
     with pytest.raises(ValueError, match=re.escape(name)) as caught:
         embeddings.load()
     assert type(caught.value) is ValueError
@@ -185,6 +203,13 @@ def test_a_damaged_file_is_named_and_the_repaired_one_loads(
     shutil.copytree(tiny_checkpoint, folder, dirs_exist_ok=True)
     for repaired in (embeddings, load(folder)):
         assert repaired.embed_query(TEXT) == tiny.embed_query(TEXT)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "sparse_linear.pt"])
+def test_a_file_cut_short_has_no_fingerprint(folder: Path, name: str) -> None:
+    cut(name)(folder)
+    with pytest.raises(ValueError, match=re.escape(name)):
+        _ = BGEM3Embeddings(model=folder).fingerprint
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:

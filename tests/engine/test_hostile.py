@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from langchain_bge_dense import BGEM3Embeddings
-from langchain_bge_dense._loading import find_folder
+from langchain_bge_dense._engine.hub import HubSource, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +64,7 @@ def marker(tmp_path: Path) -> Path:
 
 
 def load(folder: Path | str, **settings: Any) -> BGEM3Embeddings:
-    fixed = {"device": "cpu", "dtype": "float32", "backend": "torch"}
+    fixed = {"device": "cpu", "dtype": "float32"}
     return BGEM3Embeddings(model=folder, **fixed, **settings).load()
 
 
@@ -202,7 +202,7 @@ class TestLinks:
 
     @staticmethod
     def find(cache: Path) -> Path:
-        return find_folder("org/m3", cache_folder=str(cache), local_files_only=True)
+        return resolve(HubSource("org/m3", cache_folder=str(cache), local_files_only=True))
 
     def test_of_the_hub_are_followed(self, cache: Path, tiny: BGEM3Embeddings) -> None:
         assert self.find(cache) == self.snapshot(cache)

@@ -1,0 +1,1 @@
+"""From texts to `M3Encoding`: files, model, batches and threads, without LangChain."""

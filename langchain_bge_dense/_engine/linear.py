@@ -1,0 +1,182 @@
+"""One linear layer in every dtype, by the fastest product that this build of PyTorch has.
+
+The oneDNN operators are the ones that PyTorch's own compiler emits. They are not part of its public
+face, so they are looked up here alone, and tried on a small product before they are relied on.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    Linear = Callable[[Tensor], Tensor]
+
+logger = logging.getLogger(__name__)
+
+_WEIGHT_PEAK = 127  # of int8 codes; symmetric: -128 is not used
+_TOKEN_PEAK = 126  # bfloat16 may round a code of 127 up to 128, which int8 takes for -128
+_SMALLEST_PEAK = 1e-30  # of a row of zeros, which divides nothing
+_GELU_MINIMUM = 0.17  # GELU is nowhere below -0.17
+_ROWS = 256  # of a weight quantised at once: what is left of larger copies stays in the heap
+
+
+class LinearFactory:
+    """Makes the linear layers of one model.
+
+    Args:
+        dtype: What products are computed in: `"float32"`, `"bfloat16"`, `"float16"`, `"int8"`.
+        device: Where weights are kept.
+        state_dtype: Of what a layer gives; what it takes is of this dtype or float32. None: the
+            dtype of the products.
+    """
+
+    def __init__(
+        self, dtype: str, device: torch.device, state_dtype: torch.dtype | None = None
+    ) -> None:
+        self._device = device
+        self._state_dtype = state_dtype = state_dtype or getattr(torch, dtype)
+        self._kind = PlainInt8Linear if dtype == "int8" else PlainLinear
+        packed = _PACKED.get((device.type, dtype))
+        if packed is not None and _agrees(packed, self._kind, state_dtype):
+            self._kind = packed
+
+    def __call__(
+        self, weight: Tensor, bias: Tensor, *, gelu: bool = False, after_gelu: bool = False
+    ) -> Linear:
+        """Make a layer that gives `x W^T + b`, `(S, K)` to `(S, N)`.
+
+        Args:
+            weight: W, `(N, K)`, float32.
+            bias: b, `(N,)`, float32.
+            gelu: Whether GELU follows.
+            after_gelu: Whether x comes from GELU.
+        """
+        weight, bias = (part.detach().to(self._device) for part in (weight, bias))
+        layer = self._kind(weight, bias, self._state_dtype, gelu=gelu)
+        layer.after_gelu = after_gelu
+        return layer
+
+
+class PlainLinear:
+    """`torch.nn.functional.linear`, for every device and float dtype."""
+
+    after_gelu = False
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, gelu: bool) -> None:
+        self._weight = weight.to(dtype, copy=True)  # not a view that would keep the file mapped
+        self._bias = bias.to(dtype, copy=True)
+        self._gelu = gelu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product = F.linear(x.to(self._weight.dtype), self._weight, self._bias)  # (S, N)
+        return F.gelu(product) if self._gelu else product
+
+
+class PackedLinear:
+    """oneDNN's product with weights in the order of its kernel; float32 and bfloat16 on a CPU."""
+
+    after_gelu = False
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, gelu: bool) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))  # noqa: SLF001
+        self._bias = bias.to(dtype, copy=True)
+        self._dtype = dtype
+        self._gelu = ("gelu", "none") if gelu else ("none", "")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        function, algorithm = self._gelu
+        linear: Any = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
+        product: Tensor = linear(
+            x.to(self._dtype), self._weight, self._bias, function, [], algorithm
+        )  # (S, N)
+        return product
+
+
+class PlainInt8Linear:
+    """Products of int8 codes: one scale a weight row, one scale a token computed at run time."""
+
+    after_gelu = False
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, gelu: bool) -> None:
+        peaks = torch.cat([rows.abs().amax(1) for rows in torch.split(weight, _ROWS)])  # (N,)
+        scales = peaks.clamp_(min=_SMALLEST_PEAK).div_(_WEIGHT_PEAK)  # (N,)
+        rows = zip(torch.split(weight, _ROWS), torch.split(scales, _ROWS), strict=True)
+        self._pack(torch.cat([(w / s[:, None]).round_().to(torch.int8) for w, s in rows]))  # (N, K)
+        self._scales = scales
+        self._bias = bias.to(dtype, copy=True)
+        self._gelu = gelu
+
+    def _pack(self, codes: Tensor) -> None:
+        self._codes = codes  # (N, K)
+
+    def _product(self, codes: Tensor) -> Tensor:
+        """Products of codes by the scales of the weights, `(S, K)` to `(S, N)`."""
+        product = F.linear(codes.float(), self._codes.float()) * self._scales
+        return product.to(self._bias.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        peak = x.amax(1, keepdim=True)  # (S, 1)
+        if self.after_gelu:
+            peak.clamp_(min=_GELU_MINIMUM)
+        else:
+            torch.maximum(peak, x.amin(1, keepdim=True).neg_(), out=peak)
+        # Rounded to the dtype first, so that codes and scale belong together to the last bit.
+        scale = peak.div_(_TOKEN_PEAK).clamp_(min=_SMALLEST_PEAK).to(self._bias.dtype)  # (S, 1)
+        codes = (x * scale.float().reciprocal().to(x.dtype)).round_().to(torch.int8)  # (S, K)
+        product = self._product(codes).mul_(scale).add_(self._bias)  # (S, N)
+        return F.gelu(product) if self._gelu else product
+
+
+class PackedInt8Linear(PlainInt8Linear):
+    """The same by oneDNN's int8 product."""
+
+    def _pack(self, codes: Tensor) -> None:
+        self._codes = torch.ops.onednn.qlinear_prepack(codes, None)
+        self._zeros = torch.zeros(len(codes), dtype=torch.int32)  # (N,)
+
+    def _product(self, codes: Tensor) -> Tensor:
+        linear: Any = torch.ops.onednn.qlinear_pointwise
+        weights = (self._codes, self._scales, self._zeros)
+        dtype = self._bias.dtype
+        product: Tensor = linear(codes, 1.0, 0, *weights, None, 1.0, 0, dtype, "none", [], "")
+        return product
+
+
+_PACKED: dict[tuple[str, str], Any] = {
+    ("cpu", "float32"): PackedLinear,
+    ("cpu", "bfloat16"): PackedLinear,
+    ("cpu", "int8"): PackedInt8Linear,
+}
+
+
+def _agrees(packed: Any, plain: Any, dtype: torch.dtype) -> bool:
+    """Whether a packed layer is there and gives what the plain one gives."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (
+        torch.randn(shape, generator=generator) for shape in ((48, 64), (48,), (5, 64))
+    )
+    try:
+        given = packed(weight, bias, dtype, gelu=True)(x)
+    except (AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+    else:
+        wanted = plain(weight, bias, dtype, gelu=True)(x).float()
+        difference = float((given.float() - wanted).abs().max() / wanted.abs().max())
+        if difference <= 2 * torch.finfo(dtype).eps:
+            return True
+        reason = f"a product differs by {difference:.1e} of its largest number"
+    logger.warning(
+        "PyTorch %s has no usable oneDNN product for %s here (%s): its plain one is taken, slower.",
+        torch.__version__,
+        dtype,
+        reason,
+    )
+    return False

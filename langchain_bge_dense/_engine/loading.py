@@ -1,0 +1,226 @@
+"""From a checkpoint to an `Encoder` on a device, in a dtype: the only module that knows both."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from langchain_bge_dense._engine.checkpoint import (
+    TOKENIZERS,
+    Checkpoint,
+    Parsing,
+    check_vocabulary,
+    check_weights,
+)
+from langchain_bge_dense._engine.encoder import Encoder, Heads
+from langchain_bge_dense._engine.layers import MODEL_TYPES, PackedEncoder, PaddedEncoder
+from langchain_bge_dense._engine.linear import LinearFactory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from FlagEmbedding import BGEM3FlagModel
+
+# Tokens per forward pass: benchmarks/budget.py measures them, benchmarks/README.md tells how.
+# A query waits for one batch at most: on a CPU larger ones gain little.
+_BATCH_TOKENS = {"cpu": 512, "cpu with AMX": 1_024, "mps": 8_192, "cuda": 65_536}
+
+_FLOATS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def resolve(device: str, dtype: str) -> tuple[str, str]:
+    """Replace `"auto"` by what is best on this machine.
+
+    Args:
+        device: `"auto"` (CUDA, then MPS, then CPU) or a torch device.
+        dtype: `"auto"` (float16 on CUDA and MPS; on a CPU bfloat16 where it has it in hardware,
+            else float32), `"float32"`, `"bfloat16"`, `"float16"` or `"int8"`.
+
+    Raises:
+        ValueError: The device is not on this machine, or cannot run the dtype.
+    """
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        kind = torch.empty(0, device=device).device.type
+    except (RuntimeError, AssertionError, ImportError):  # as PyTorch was built
+        kind = "meta"
+    if kind == "meta":
+        msg = (
+            f"PyTorch {torch.__version__} finds no device {device!r} on this machine. "
+            'Use device="auto" or "cpu", or install a PyTorch build for that device.'
+        )
+        raise ValueError(msg)
+    if dtype == "int8" and kind != "cpu":
+        msg = (
+            f'dtype="int8" was asked for on device {device!r}, and only a CPU runs it. '
+            'Use device="cpu", or another dtype.'
+        )
+        raise ValueError(msg)
+    if dtype == "auto":
+        dtype = "float16" if kind != "cpu" else "bfloat16" if cpu_has_bf16() else "float32"
+    return ("cpu" if kind == "cpu" else device), dtype
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware, and PyTorch makes use of it.
+
+    Without, PyTorch emulates bfloat16, slower than float32.
+    """
+    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch, which knows no Arm
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, check, bool)() for check in checks)
+    units = map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(units) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def load_encoder(checkpoint: Checkpoint, pooling: str, device: str, dtype: str) -> Encoder:
+    """Load a checkpoint.
+
+    Args:
+        checkpoint: What `read_checkpoint` gave.
+        pooling: `"cls"` or `"mean"`.
+        device: A resolved torch device.
+        dtype: A resolved dtype.
+
+    Raises:
+        ValueError: A file is damaged or hostile, the files belong to different models, or the
+            dtype does not run this type of model.
+    """
+    flag = _load_flag_model(checkpoint, pooling)
+
+    encoder = _build_encoder(
+        flag.tokenizer,
+        flag.model,
+        has_heads=checkpoint.has_heads,
+        device=device,
+        dtype=dtype,
+        release=True,
+    )
+    if dtype != "float32":
+        encoder.reference = partial(load_encoder, checkpoint, pooling, device, "float32")
+    return encoder
+
+
+def placement(flag: BGEM3FlagModel) -> tuple[str, str]:
+    """Device and dtype of a caller's own model.
+
+    Its first device, and its own dtype, but on a CPU float32, to which FlagEmbedding brings it at
+    every `encode`.
+    """
+    device = str(flag.target_devices[0])
+    own = str(next(flag.model.parameters()).dtype).removeprefix("torch.")
+    return device, "float32" if device == "cpu" else own
+
+
+def wrap_flag_model(
+    flag: BGEM3FlagModel, checkpoint: Checkpoint, device: str, dtype: str
+) -> Encoder:
+    """Make an encoder of a model that its owner goes on using."""
+
+    def build(model: Any, dtype: str) -> Encoder:
+        tokenizer = copy.deepcopy(flag.tokenizer)  # FlagEmbedding changes its settings
+        return _build_encoder(
+            tokenizer,
+            model,
+            has_heads=checkpoint.has_heads,
+            device=device,
+            dtype=dtype,
+            release=False,
+        )
+
+    encoder = build(flag.model, dtype)
+    if dtype != "float32":
+        encoder.reference = lambda: build(copy.deepcopy(flag.model).float(), "float32")
+    return encoder
+
+
+def _build_encoder(  # noqa: PLR0913
+    tokenizer: Any, model: Any, *, has_heads: bool, device: str, dtype: str, release: bool
+) -> Encoder:
+    """Rebuild FlagEmbedding's module `model` on a device and in a dtype."""
+    place = torch.device(device)
+    state_dtype = _state_dtype(dtype)
+    heads = Heads(model.sentence_pooling_method)
+    if has_heads:
+        lexical, colbert = model.sparse_linear, model.colbert_linear
+        heads.lexical = LinearFactory("float32", place)(lexical.weight, lexical.bias)
+        narrow = LinearFactory(str(state_dtype).removeprefix("torch."), place)
+        heads.colbert = narrow(colbert.weight, colbert.bias)
+    if PackedEncoder.supports(model.model.config):
+        layers: Any = PackedEncoder(model.model, dtype, state_dtype, place, release=release)
+    else:
+        _refuse_int8(dtype, model.model.config.model_type)
+        module = model.model.to(place, state_dtype).eval()
+        if release:  # a tensor that needed no conversion would keep the file mapped
+            for weight in module.parameters():
+                weight.data = weight.data.clone()
+        layers = PaddedEncoder(module, tokenizer.pad_token_id)
+    return Encoder(tokenizer, layers, heads, batch_tokens=_batch_tokens(place.type, dtype))
+
+
+def _batch_tokens(device: str, dtype: str) -> int:
+    # Passes over int8's activations cost more once these fall out of the cache.
+    amx = (device, dtype) == ("cpu", "bfloat16") and torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+    return _BATCH_TOKENS.get("cpu with AMX" if amx else device, _BATCH_TOKENS["cpu"])
+
+
+def _state_dtype(dtype: str) -> torch.dtype:
+    if dtype == "int8":
+        return torch.bfloat16 if cpu_has_bf16() else torch.float32
+    return _FLOATS[dtype]
+
+
+def _refuse_int8(dtype: str, model_type: str) -> None:
+    if dtype == "int8":
+        msg = (
+            f'dtype="int8" cannot run an encoder of type {model_type!r}, only '
+            f'{", ".join(MODEL_TYPES)} with GELU. Use dtype="auto".'
+        )
+        raise ValueError(msg)
+
+
+def _load_flag_model(checkpoint: Checkpoint, pooling: str) -> BGEM3FlagModel:
+    """Load weights in float32, mapped from their file where it is safetensors."""
+    from FlagEmbedding import BGEM3FlagModel
+
+    folder = checkpoint.folder
+    tokenizer = next(folder / name for name in TOKENIZERS if (folder / name).exists())
+    with _quiet_transformers():
+        check_weights(checkpoint)
+        # What is left to go wrong is the tokenizer.
+        with Parsing(tokenizer, RuntimeError, ImportError):
+            flag = BGEM3FlagModel(
+                str(folder), use_fp16=False, devices="cpu", pooling_method=pooling
+            )
+    rows = flag.model.model.get_input_embeddings().num_embeddings
+    check_vocabulary(flag.tokenizer, rows, folder)
+    flag.model.eval()
+    return flag
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' bar and its remarks on the pooler, which is not used."""
+    from transformers.utils import logging as transformers_logging_module
+
+    transformers_logging: Any = transformers_logging_module
+    level = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,161 @@
+"""What travels: the outputs asked for, tokens, the outputs of a text, and `M3Encoding`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Which outputs of a forward pass are asked for."""
+
+    dense: bool = True
+    lexical: bool = False
+    colbert: bool = False
+
+    def __or__(self, other: Outputs) -> Outputs:
+        return Outputs(
+            self.dense or other.dense,
+            self.lexical or other.lexical,
+            self.colbert or other.colbert,
+        )
+
+
+class Tokens(NamedTuple):
+    """A tokenised text."""
+
+    ids: NDArray[np.int32]  # (T,), special tokens included, cut to the maximum length
+    total: int  # before the cut
+
+
+class TextOutputs(NamedTuple):
+    """Outputs of one text, float32, not normalised; None where an output is not asked for."""
+
+    dense: NDArray[np.float32] | None  # (D,)
+    lexical: NDArray[np.float32] | None  # (T,), a weight a token
+    colbert: NDArray[np.float32] | None  # (T - 1, D)
+
+    def select(self, outputs: Outputs) -> TextOutputs:
+        """Those that are asked for."""
+        return TextOutputs(
+            self.dense if outputs.dense else None,
+            self.lexical if outputs.lexical else None,
+            self.colbert if outputs.colbert else None,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class M3Encoding:
+    """BGE-M3's outputs for N texts, in their order.
+
+    Attributes:
+        dense: `(N, D)` float32, or None where it was not asked for.
+        lexical: N dicts of token id to weight, or None.
+        colbert: N arrays `(T_i, D)` float32, one vector a token without the first, or None.
+        token_counts: `(N,)` int64, special tokens included, before any cut.
+        truncated: `(N,)` bool, whether a text was longer than `max_length`.
+
+    Example:
+        >>> import numpy as np
+        >>> encoding = M3Encoding(
+        ...     np.ones((1, 2)), None, None, token_counts=np.array([4]), truncated=np.array([False])
+        ... )
+        >>> encoding
+        M3Encoding(1 text, 4 tokens, 0 truncated: dense (1, 2))
+    """
+
+    dense: NDArray[np.float32] | None
+    lexical: list[dict[int, float]] | None
+    colbert: list[NDArray[np.float32]] | None
+    token_counts: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
+
+    def __repr__(self) -> str:
+        count = len(self.token_counts)
+        outputs = []
+        if self.dense is not None:
+            outputs.append(f"dense {self.dense.shape}")
+        if self.lexical is not None:
+            outputs.append(f"lexical {sum(map(len, self.lexical)):,} weights")
+        if self.colbert is not None:
+            outputs.append(f"colbert {sum(map(len, self.colbert)):,} vectors")
+        return (
+            f"M3Encoding({count:,} text{'s' * (count != 1)}, {self.token_counts.sum():,} tokens, "
+            f"{self.truncated.sum():,} truncated: {', '.join(outputs)})"
+        )
+
+
+def normalized(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale vectors `(..., D)` to unit length, as `torch.nn.functional.normalize` does.
+
+    A zero vector stays zero.
+    """
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    unit: NDArray[np.float32] = vectors / np.maximum(norms, np.float32(1e-12))
+    return unit
+
+
+def lexical_weights(
+    ids: NDArray[np.int32], weights: NDArray[np.float32], unweighted: NDArray[np.int32]
+) -> dict[int, float]:
+    """Largest positive weight of each token id.
+
+    Args:
+        ids: `(T,)`.
+        weights: `(T,)`.
+        unweighted: Ids of the special tokens that carry no weight.
+
+    >>> ids, weights = np.array([0, 5, 7, 5]), np.array([0.9, 0.25, 0.0, 0.5])
+    >>> lexical_weights(ids, weights, np.array([0]))
+    {5: 0.5}
+    """
+    keep = (weights > 0) & ~np.isin(ids, unweighted)
+    ids, weights = ids[keep], weights[keep]
+    order = np.argsort(weights, kind="stable")  # the largest of equal ids comes last and stays
+    return dict(zip(ids[order].tolist(), weights[order].tolist(), strict=True))
+
+
+def encoding_of(  # noqa: PLR0913
+    tokens: Sequence[Tokens],
+    rows: Sequence[TextOutputs],
+    outputs: Outputs,
+    *,
+    dimension: int,
+    max_length: int,
+    unweighted: NDArray[np.int32],
+    normalize: bool,
+) -> M3Encoding:
+    """Put the outputs of N texts together.
+
+    Args:
+        tokens: Of the texts.
+        rows: Their outputs.
+        outputs: Those that were asked for.
+        dimension: Width D of a dense vector, for no texts at all.
+        max_length: Tokens that texts were cut to.
+        unweighted: Ids of the special tokens that carry no lexical weight.
+        normalize: Scale vectors to unit length.
+    """
+    counts = np.array([text.total for text in tokens], dtype=np.int64)  # (N,)
+    scaled = normalized if normalize else np.asarray
+    dense = lexical = colbert = None
+    if outputs.dense:
+        vectors = [row.dense for row in rows if row.dense is not None]
+        dense = scaled(np.array(vectors, np.float32).reshape(-1, dimension))  # (N, D)
+    if outputs.lexical:
+        lexical = [
+            lexical_weights(text.ids, row.lexical, unweighted)
+            for text, row in zip(tokens, rows, strict=True)
+            if row.lexical is not None
+        ]
+    if outputs.colbert:
+        colbert = [scaled(row.colbert) for row in rows if row.colbert is not None]
+    return M3Encoding(dense, lexical, colbert, counts, counts > max_length)
