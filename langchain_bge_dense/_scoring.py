@@ -1,80 +1,55 @@
-"""Scores of one query against many passages, from the three outputs of BGE-M3.
-
-Knows no model, no tokenizer and no store: vectors and token weights in, float32 scores out.
-"""
+"""Scores of one query against many passages, from the three outputs of BGE-M3."""
 
 from __future__ import annotations
 
-from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
-RANK_CONSTANT = 60
-"""`k` of reciprocal rank fusion, as in the paper that introduced it."""
+SCORES = ("dense", "lexical", "colbert", "fused", "relevance")
 
 _NO_SPREAD = 1e-6  # differences between scores that are rounding alone
 
 
-class PackedWeights(NamedTuple):
-    """Lexical weights of `N` passages, one passage after the other, `M` weights in all."""
+def score_key(name: str) -> str:
+    """The metadata key of a score; no user has keys with this prefix.
 
-    ids: NDArray[np.int64]
-    """Token ids, `(M,)`."""
-    weights: NDArray[np.float32]
-    """Their weights, `(M,)`."""
-    lengths: NDArray[np.int64]
-    """How many of them belong to each passage, `(N,)`."""
-
-
-def pack(passages: Sequence[Mapping[int, float]]) -> PackedWeights:
-    """Put the lexical weights of passages into arrays.
-
-    Args:
-        passages: Token id to weight, one mapping for each passage; it may be empty.
-
-    Returns:
-        The same weights in the same order.
-
-    Example:
-        >>> pack([{7: 0.5, 9: 0.25}, {}]).lengths
-        array([2, 0])
+    >>> score_key("dense")
+    'bge_m3_dense_score'
     """
-    return PackedWeights(
-        np.fromiter(chain.from_iterable(passages), np.int64),  # (M,)
-        np.fromiter(chain.from_iterable(p.values() for p in passages), np.float32),  # (M,)
-        np.fromiter(map(len, passages), np.int64, len(passages)),  # (N,)
-    )
+    return f"bge_m3_{name}_score"
 
 
-def lexical_scores(query: Mapping[int, float], passages: PackedWeights) -> NDArray[np.float32]:
+SCORE_KEYS = frozenset(map(score_key, SCORES))
+"""Metadata keys that a search adds: they do not belong to the document."""
+
+
+def lexical_scores(
+    query: Mapping[int, float], passages: Sequence[Mapping[int, float]]
+) -> NDArray[np.float32]:
     """Sum, over the tokens that query and passage share, the products of their weights.
 
     Args:
         query: Token id to weight.
-        passages: Weights of `N` passages, from `pack`.
+        passages: The same for each of `N` passages.
 
     Returns:
         Scores, `(N,)`; 0 where no token is shared.
 
     Example:
-        >>> lexical_scores({7: 0.5, 8: 1.0}, pack([{7: 0.5, 9: 0.25}, {}]))
+        >>> lexical_scores({7: 0.5, 8: 1.0}, [{7: 0.5, 9: 0.25}, {}])
         array([0.25, 0.  ], dtype=float32)
     """
-    if not query:
-        return np.zeros(len(passages.lengths), np.float32)
-    ids = np.array(sorted(query), np.int64)  # (Q,)
-    weights = np.array([query[i] for i in ids.tolist()], np.float32)  # (Q,)
-    place = np.searchsorted(ids, passages.ids).clip(max=len(ids) - 1)  # (M,)
-    shared = ids[place] == passages.ids  # (M,)
-    products = np.where(shared, weights[place] * passages.weights, 0)  # (M,)
-    rows = np.repeat(np.arange(len(passages.lengths)), passages.lengths)  # (M,)
-    return np.bincount(rows, products, len(passages.lengths)).astype(np.float32)  # (N,)
+    scores = [
+        sum(weight * passage.get(token, 0.0) for token, weight in query.items())
+        for passage in passages
+    ]
+    return np.array(scores, np.float32)  # (N,)
 
 
 def dense_scores(query: NDArray[np.float32], passages: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -142,33 +117,6 @@ def standardized(scores: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.zeros_like(scores)
     scaled: NDArray[np.float32] = (scores - scores.mean()) / spread  # (N,)
     return scaled
-
-
-def reciprocal_rank_fusion(
-    rankings: Sequence[ArrayLike], count: int, constant: int = RANK_CONSTANT
-) -> NDArray[np.float32]:
-    """Fuse rankings: a passage gets `1 / (constant + rank)` from each one that holds it.
-
-    Cormack, Clarke and Büttcher, "Reciprocal rank fusion outperforms Condorcet and individual
-    rank learning methods", SIGIR 2009.
-
-    Args:
-        rankings: For each signal the numbers of passages, 0 to `count - 1`, best first.
-        count: How many passages there are, `N`.
-        constant: The larger it is, the less the first places count.
-
-    Returns:
-        Scores, `(N,)`; 0 for a passage in no ranking.
-
-    Example:
-        >>> reciprocal_rank_fusion([[0, 2], [2]], 3).argsort()[::-1]
-        array([2, 0, 1])
-    """
-    fused = np.zeros(count, np.float32)  # (N,)
-    for ranking in rankings:
-        places = np.asarray(ranking, np.int64)
-        fused[places] += 1 / (constant + np.arange(1, len(places) + 1))
-    return fused
 
 
 def checked_weights(weights: object) -> tuple[float, ...]:

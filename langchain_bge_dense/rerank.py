@@ -1,7 +1,4 @@
-"""`BGEM3Reranker`: documents by the weighted dense, lexical and ColBERT scores of BGE-M3.
-
-Knows no vector store: it takes documents from wherever they come.
-"""
+"""`BGEM3Reranker`: documents by the weighted dense, lexical and ColBERT scores of BGE-M3."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from langchain_bge_dense._scoring import (
     dense_scores,
     lexical_scores,
     maxsim_scores,
-    pack,
+    score_key,
     weighted_mean,
 )
 from langchain_bge_dense.embeddings import BGEM3Embeddings
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
     from langchain_core.documents import Document
     from numpy.typing import NDArray
 
-    from langchain_bge_dense._encoding import M3Encoding
+    from langchain_bge_dense._engine.outputs import M3Encoding
 
 SIGNALS = ("dense", "lexical", "colbert")
 Weights = Annotated[tuple[float, float, float], BeforeValidator(checked_weights)]
@@ -38,7 +35,9 @@ class BGEM3Reranker(BaseDocumentCompressor):
     """Order documents by what all three outputs of BGE-M3 say about a query.
 
     The score is `BGEM3FlagModel.compute_score`'s: the mean of the three, weighted. Query and
-    documents are each encoded once; a signal with weight 0 is not computed.
+    documents are each encoded once; a signal with weight 0 is not computed. It is written to the
+    metadata as `bge_m3_relevance_score`, those of the signals as `bge_m3_dense_score`,
+    `bge_m3_lexical_score` and `bge_m3_colbert_score`.
 
     Example:
         >>> from langchain_bge_dense import BGEM3Embeddings, BGEM3Reranker
@@ -46,8 +45,8 @@ class BGEM3Reranker(BaseDocumentCompressor):
         >>> reranker = BGEM3Reranker(embeddings=BGEM3Embeddings(model=checkpoint), top_n=1)
         >>> documents = [Document("equal rights"), Document("a brown fox")]
         >>> [best] = reranker.compress_documents(documents, "equal rights")
-        >>> best.page_content, sorted(best.metadata)
-        ('equal rights', ['colbert_score', 'dense_score', 'lexical_score', 'relevance_score'])
+        >>> best.page_content, best.metadata["bge_m3_relevance_score"] > 0
+        ('equal rights', True)
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -69,12 +68,11 @@ class BGEM3Reranker(BaseDocumentCompressor):
 
         Args:
             documents: N candidates; they are not changed.
-            query: What they are held against.
+            query: The query that they may answer.
             callbacks: Not used.
 
         Returns:
-            The best `top_n` as copies, with `relevance_score` and the score of each signal in
-            their metadata.
+            The best `top_n` as copies, with their scores in the metadata.
 
         Raises:
             ValueError: A lexical or ColBERT weight is above 0 and the checkpoint is dense only.
@@ -82,29 +80,26 @@ class BGEM3Reranker(BaseDocumentCompressor):
         if not documents:
             return []
         scores = self._scores(query, [document.page_content for document in documents])
-        order = np.argsort(-scores["relevance_score"], kind="stable")[: self.top_n]  # (top_n,)
-        return [
-            documents[index].model_copy(
-                update={
-                    "metadata": {
-                        **documents[index].metadata,
-                        **{name: float(values[index]) for name, values in scores.items()},
-                    }
-                }
-            )
-            for index in order.tolist()
-        ]
+        order = np.argsort(-scores["relevance"], kind="stable")[: self.top_n]  # (top_n,)
+        return [_with_scores(documents[n], scores, n) for n in order.tolist()]
 
     def _scores(self, query: str, passages: list[str]) -> dict[str, NDArray[np.float32]]:
         """Scores by name, each `(N,)`."""
         used = {name: w for name, w in zip(SIGNALS, self.weights, strict=True) if w > 0}
         wanted: Any = {name: name in used for name in SIGNALS}
         instruction = self.embeddings.query_instruction
-        asked = self.embeddings.encode([query], instruction=instruction, **wanted)
-        parts = signal_scores(asked, self.embeddings.encode(passages, **wanted))
-        relevance = weighted_mean([parts[name] for name in used], list(used.values()))  # (N,)
-        named = {f"{name}_score": values for name, values in parts.items()}
-        return {"relevance_score": relevance, **named}
+        encoded = self.embeddings.encode([query], instruction=instruction, **wanted)
+        scores = signal_scores(encoded, self.embeddings.encode(passages, **wanted))
+        relevance = weighted_mean([scores[name] for name in used], list(used.values()))  # (N,)
+        return {"relevance": relevance, **scores}
+
+
+def _with_scores(
+    document: Document, scores: dict[str, NDArray[np.float32]], number: int
+) -> Document:
+    """A copy of a document with its scores."""
+    added = {score_key(name): float(values[number]) for name, values in scores.items()}
+    return document.model_copy(update={"metadata": {**document.metadata, **added}})
 
 
 def signal_scores(query: M3Encoding, passages: M3Encoding) -> dict[str, NDArray[np.float32]]:
@@ -113,7 +108,7 @@ def signal_scores(query: M3Encoding, passages: M3Encoding) -> dict[str, NDArray[
     if query.dense is not None and passages.dense is not None:
         scores["dense"] = dense_scores(query.dense[0], passages.dense)
     if query.lexical is not None and passages.lexical is not None:
-        scores["lexical"] = lexical_scores(query.lexical[0], pack(passages.lexical))
+        scores["lexical"] = lexical_scores(query.lexical[0], passages.lexical)
     if query.colbert is not None and passages.colbert is not None:
         scores["colbert"] = maxsim_scores(query.colbert[0], passages.colbert)
     return scores

@@ -3,7 +3,7 @@
     python indexing_process.py '{"persist_directory": "db"}' 1000 [die] [from=0]
 
 Prints the position of each document that it reads, how many it embeds, and the counts when it is
-done. With `die` it kills itself where Chroma rewrites its vector index for the second time.
+done. With `die` it kills itself where Chroma persists its vector index for the second time.
 """
 
 from __future__ import annotations
@@ -44,16 +44,30 @@ def documents(count: int, first: int = 0) -> Iterator[Document]:
         yield Document(f"passage {number}", metadata={"number": number, "tags": ["a", "b"]})
 
 
-def die_rewriting(store, folder: Path) -> None:
-    """Do to the index what a killed Chroma leaves, once there is one: files half written."""
+def die_persisting(store, folder: Path) -> None:
+    """Leave what a killed Chroma leaves when it persists its index for the second time.
+
+    Header and links are the new ones, level 0 is new up to some byte and old from there, the ids
+    are cut short, and SQLite does not know of it.
+    """
     upsert = store._collection.upsert
 
     def upsert_and_die(**columns) -> None:
-        if any(folder.glob("*.copy/index_metadata.pickle")):
-            for file in folder.glob("*-????????????/*"):
-                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
+        [*backup] = folder.glob("*.backup/header.bin")
+        if not backup:
+            upsert(**columns)
+            return
+        index = folder / backup[0].parent.name.partition(".")[0]
+        database = (folder / "chroma.sqlite3").read_bytes()
+        before = (index / "data_level0.bin").read_bytes()
         upsert(**columns)
+        after = (index / "data_level0.bin").read_bytes()
+        torn = len(before) // 2 + 50
+        (index / "data_level0.bin").write_bytes(after[:torn] + before[torn:])
+        ids = index / "index_metadata.pickle"
+        ids.write_bytes(ids.read_bytes()[: ids.stat().st_size // 2])
+        (folder / "chroma.sqlite3").write_bytes(database)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     store._collection.upsert = upsert_and_die
 
@@ -64,7 +78,7 @@ def main(place: dict, count: int, *options: str) -> None:
     first = max(int(option[5:]) for option in ("from=0", *options) if option.startswith("from="))
     store = open_chroma(embeddings, "passages", **place)
     if "die" in options:
-        die_rewriting(store, Path(place["persist_directory"]))
+        die_persisting(store, Path(place["persist_directory"]))
     done = index_documents(store, documents(count, first), batch_size=BATCH)
     sys.stdout.write(f"{done} {embeddings.embedded}\n")
 

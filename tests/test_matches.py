@@ -1,99 +1,199 @@
-"""Marks in a text, and the parts of it that are shown."""
+"""Which tokens a passage shares with a query, what they add, and how that is shown."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
 
 import pytest
-from hybrid_terminal import OFF, ON, styled
+from bs4 import BeautifulSoup
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.documents import Document
-from matches import (
-    CLOSING,
-    MARKERS,
-    OPENING,
-    Explainer,
-    Mark,
-    Match,
-    excerpt,
-    joined,
-    lettered,
-    window,
-)
-from terminal import cells, fit
 
-STRIPPED = dict.fromkeys(map(ord, MARKERS))
-TEXTS = st.text(st.sampled_from("ab ，。向量\ufe00\u034f\n"), max_size=60)
+from langchain_bge_dense.matches import Mark, Match, Matches, Token, Word, _joined, find_matches
+
+if TYPE_CHECKING:
+    from langchain_bge_dense import BGEM3Embeddings
+
+PART = "Which shelf holds the seal VS-2208-K?"
+SHELF = "part: VS-2208-K\nname: Valve seal\nshelf: C-14"
+OTHER = "part: VS-2280-K\nname: Valve seal\nshelf: C-15"
 
 
-@given(TEXTS, st.integers(0, 30))
-def test_fitted_text_has_the_width(text, width):
-    assert cells(fit(text, width)) == width
+def marked(match: Match) -> list[str]:
+    return [match.document.page_content[start:end] for start, end, _ in match.marks]
 
 
-@given(
-    TEXTS.filter(str.strip),
-    st.lists(st.integers(0, 59), max_size=8, unique=True),
-    st.integers(8, 60),
-)
-def test_an_excerpt_is_a_part_of_the_text_with_whole_marks(text, starts, room):
-    marks = [Mark(n, n + 1, n + 1) for n in sorted(starts) if n < len(text)]
-    passage = Document(text, metadata={"source": "a"})
-    shown = excerpt(Match(passage, {}, marks), 60, room)
-    inner = shown.translate(STRIPPED).removeprefix("… ").removesuffix(" …").strip()
-    assert inner in text.translate(STRIPPED)
-    opened = [char for char in shown if char in MARKERS]
-    assert all(char in OPENING for char in opened[::2])
-    assert opened[1::2] == [CLOSING] * (len(opened) // 2)
+def texts(html: str) -> list[str]:
+    return [part.text for part in BeautifulSoup(html, "html.parser").select(".text")]
 
 
-def test_the_window_is_where_the_strongest_matches_are():
-    text = "seal " + "word " * 100 + "shelf seal " + "word " * 100
-    marks = [Mark(0, 4, 0.3), Mark(505, 510, 0.4), Mark(511, 515, 0.3)]
-    start, end = window(text, marks, 60)
-    assert text[start:end].strip().startswith("word word")
-    assert "shelf seal" in text[start:end]
-    assert end - start <= 66
+def lexical_score(embeddings: BGEM3Embeddings, query: str, passage: str) -> float:
+    """The score as the model's own weights give it."""
+    [asked] = embeddings.encode(
+        [query], dense=False, lexical=True, instruction=embeddings.query_instruction
+    ).lexical
+    [held] = embeddings.encode([passage], dense=False, lexical=True).lexical
+    return sum(weight * held.get(token, 0) for token, weight in asked.items())
 
 
-@pytest.mark.parametrize(
-    ("text", "places", "marked"),
-    [
-        ("VS-2208-K", [(0, 2), (2, 3), (3, 6), (6, 7), (7, 8), (8, 9)], ["VS-2208-K"]),
-        ("VS-2280-K", [(0, 2), (2, 3), (7, 8), (8, 9)], ["VS", "K"]),
-        ("a seal, sealed", [(2, 6), (6, 7), (8, 12)], ["seal", "seal"]),
-        ("稠密向量。", [(0, 2), (2, 4), (4, 5)], ["稠密", "向量"]),
-        ("#", [(0, 1)], []),
-    ],
-)
-def test_marks_that_touch_are_one_and_punctuation_is_none(text, places, marked):
-    marks = joined(text, [Mark(start, end, 1.0) for start, end in places])
-    assert [text[mark.start : mark.end] for mark in marks] == marked
+def test_words_are_marked_whole_and_what_differs_is_not(small: BGEM3Embeddings) -> None:
+    first, second = find_matches(small, PART, [SHELF, OTHER]).passages
+    assert marked(first) == ["VS-2208-K", "seal", "shelf"]
+    assert marked(second) == ["VS", "K", "seal", "shelf"]
+    assert first.lexical_score > second.lexical_score
+    assert first.words.keys() > {"2208", "shelf", "seal"}
+    assert "2208" not in second.words
 
 
-def test_weights_of_a_word_are_those_of_its_tokens(tiny):
+@pytest.mark.parametrize("query", [PART, "seal seal, the seal", "Büttcher's C-14 on a shelf", ""])
+def test_tokens_and_words_add_up_to_the_lexical_score(small: BGEM3Embeddings, query: str) -> None:
+    passages = [SHELF, "Cormack, Clarke and Büttcher", "nothing", ""]
+    found = find_matches(small, query, passages)
+    for match, passage in zip(found.passages, passages, strict=True):
+        expected = lexical_score(small, query, passage)
+        assert match.lexical_score == pytest.approx(expected, abs=1e-5)
+        assert sum(match.words.values()) == pytest.approx(expected, abs=1e-5)
+        assert [t.score for t in match.tokens] == [
+            t.query_weight * t.passage_weight for t in match.tokens
+        ]
+        assert list(match.words.values()) == sorted(match.words.values(), reverse=True)
+
+
+def test_an_instruction_counts_as_it_does_in_the_score(small: BGEM3Embeddings) -> None:
+    instructed = small.model_copy(update={"query_instruction": "Find a shelf: "})
+    [match] = find_matches(instructed, "seal", [SHELF]).passages
+    assert match.words.keys() >= {"shelf", "seal"}
+    assert match.lexical_score == pytest.approx(lexical_score(instructed, "seal", SHELF), abs=1e-5)
+
+
+def test_chinese_is_marked_token_by_token(tiny: BGEM3Embeddings) -> None:
+    text = "今天天气很好。意思相近的是稠密向量!"
+    found = find_matches(tiny, "稠密向量", [text, "人人有权享有生命。"])
+    assert "".join(marked(found.passages[0])) == "稠密向量"
+    assert marked(found.passages[1]) == []
+    assert texts(found.to_html())[0] == text
+
+
+def test_weights_of_a_word_are_those_of_its_tokens(tiny: BGEM3Embeddings) -> None:
     [weights] = tiny.encode(["稠密 vectors"], dense=False, lexical=True).lexical
-    words = Explainer(tiny).words("稠密 vectors")
+    words = find_matches(tiny, "稠密 vectors", []).words
     assert words[-1].text == "vectors"
     assert len(words[-1].tokens) > 1
     assert {token: w for word in words for token, _, w in word.tokens if w} == weights
 
 
-def test_a_mark_goes_on_in_the_next_line(monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    lines = styled(f"{OPENING[0]}稠密向量{CLOSING}检索", 6)
-    assert lines == [f"{ON}稠密向{OFF}", f"{ON}量{OFF}检索"]
+def test_parts_of_a_word_are_shown_as_such() -> None:
+    word = Word("Cormack", (Token(1, "Co", 0.1), Token(2, "rma", 0.1), Token(3, "ck", 0.1)))
+    assert word.shared({1}) == "Co…"
+    assert word.shared({2}) == "…rma…"
+    assert word.weight == pytest.approx(0.3)
 
 
-def test_a_bracket_stays_with_its_word(monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert styled(f"意思相{OPENING[0]}同{CLOSING}，却", 8) == ["意思相", "[同]，却"]
+@pytest.mark.parametrize(
+    ("text", "spans", "expected"),
+    [
+        ("VS-2208-K", [(0, 2), (2, 3), (3, 6), (6, 7), (7, 8), (8, 9)], ["VS-2208-K"]),
+        ("VS-2280-K", [(0, 2), (2, 3), (7, 8), (8, 9)], ["VS", "K"]),
+        ("a seal, sealed", [(2, 6), (6, 7), (8, 12)], ["seal", "seal"]),
+        ("稠密向量。", [(0, 2), (2, 4), (4, 5)], ["稠密", "向量"]),
+        ("a ﬁx", [(2, 3), (2, 3), (3, 4)], ["ﬁx"]),  # one character of the text, two tokens
+        ("#", [(0, 1)], []),
+    ],
+)
+def test_marks_that_touch_are_one(
+    text: str, spans: list[tuple[int, int]], expected: list[str]
+) -> None:
+    marks = _joined(text, [Mark(start, end, 1.0) for start, end in spans])
+    assert [text[mark.start : mark.end] for mark in marks] == expected
 
 
-def test_parts_of_a_word_are_shown_as_such(small):
-    [word] = Explainer(small).words("Cormack")
-    first, middle, _ = (token for token, _, _ in word.tokens)
-    assert word.shared([first]) == "Co…"
-    assert word.shared([middle]) == "…rma…"
+def test_documents_keep_their_metadata_and_strings_become_documents(small: BGEM3Embeddings) -> None:
+    document = Document(SHELF, metadata={"source": "parts.csv", "bge_m3_dense_score": 0.5})
+    found = find_matches(small, PART, [document, OTHER])
+    assert found.passages[0].document is document
+    assert found.passages[1].document == Document(OTHER)
+    heads = [head.text for head in BeautifulSoup(found.to_html(), "html.parser").select("header")]
+    assert heads[0].startswith("1  parts.csv\nDense 0.50\nLexical ")
+    assert heads[1].startswith("2\n")
+    named = BeautifulSoup(found.to_html(["A", "<B>"]), "html.parser").select("header b")
+    assert [name.text for name in named[::2]] == ["A", "<B>"]
 
 
-def test_letters_count_on_after_z():
-    assert [lettered(number) for number in (0, 25, 26, 701, 702)] == ["A", "Z", "AA", "ZZ", "AAA"]
+def test_hostile_texts_stay_texts(small: BGEM3Embeddings) -> None:
+    hostile = '<script>alert("seal")</script> </p><img src=x onerror=1> & seal'
+    document = Document(hostile, metadata={"source": "<b>x", "bge_m3_dense_score": 0.5})
+    page = BeautifulSoup(find_matches(small, hostile, [document]).to_page(), "html.parser")
+    assert not page.select("script, img, i, p b")
+    assert page.h1.text == page.title.text == hostile
+    assert page.select_one(".text").text == hostile
+    assert page.select_one("header b").text == "1  <b>x"
+
+
+def test_control_characters_do_not_reach_a_page() -> None:
+    match = Match(Document("a\x1b[31m\x00b\nc\ud800"), (), {}, ())
+    html = Matches("", (), (match,)).to_html()
+    assert texts(html) == ["a\ufffd[31m\ufffdb\nc\ufffd"]
+    html.encode()
+
+
+def test_a_page_needs_nothing_else_and_a_notebook_gets_the_fragment(small: BGEM3Embeddings) -> None:
+    found = find_matches(small, PART, [SHELF])
+    page = found.to_page()
+    assert found._repr_html_() == found.to_html() in page
+    assert not re.search(r"https?://|url\(|@import|<script|src=", page)
+
+
+def test_a_stronger_mark_is_a_larger_weight(small: BGEM3Embeddings) -> None:
+    page = BeautifulSoup(find_matches(small, PART, [SHELF]).to_html(), "html.parser")
+    strengths = {mark.text: mark["style"] for mark in page.select(".query mark")}
+    assert strengths["shelf"] == "--strength: 1.00"
+    assert strengths["?"] < "--strength: 0.20"
+    assert "--strength: 1.00" in {mark["style"] for mark in page.select(".text mark")}
+
+
+def test_faint_marks_are_left_out() -> None:
+    marks = (Mark(0, 1, 1.0), Mark(2, 3, 0.04), Mark(4, 5, 0.06))
+    match = Match(Document("a b c"), (), {}, marks)
+    assert Matches("", (), (match,)).strong_marks(match) == [marks[0], marks[2]]
+
+
+WORDS = st.lists(st.sampled_from(["word", "稠密向量", "a", "x" * 60]), max_size=200).map(" ".join)
+
+
+@given(WORDS, st.lists(st.integers(0, 400), max_size=5, unique=True))
+def test_a_long_passage_is_cut_to_what_surrounds_its_marks(text: str, starts: list[int]) -> None:
+    marks = tuple(Mark(n, n + 1, 1.0) for n in sorted(starts) if n < len(text))
+    match = Match(Document(text), (), {}, marks)
+    html = Matches("", (), (match,)).to_html()
+    [shown] = texts(html)
+    assert html.count("<mark") == len(marks)
+    assert len(shown) <= (len(marks) + 1) * 400
+    assert all(part in text for part in shown.split(" … "))
+    assert shown.startswith(text[:50]) or marks
+
+
+def test_no_passages_and_no_common_word(small: BGEM3Embeddings) -> None:
+    assert find_matches(small, PART, []).passages == ()
+    html = find_matches(small, PART, ["Bees make honey."]).to_html()
+    assert "no word in common" in html
+
+
+@pytest.mark.parametrize("passages", ["a passage", Document("a passage")])
+def test_one_passage_is_not_a_list(tiny: BGEM3Embeddings, passages: object) -> None:
+    with pytest.raises(TypeError, match=r"one (str|Document)\. Pass a list"):
+        find_matches(tiny, "query", passages)
+
+
+def test_a_passage_that_is_not_a_text_is_named(tiny: BGEM3Embeddings) -> None:
+    with pytest.raises(TypeError, match=r"1 is int"):
+        find_matches(tiny, "query", ["a passage", 5])
+
+
+def test_a_long_passage_without_a_mark_shows_its_beginning() -> None:
+    html = Matches("", (), (Match(Document("first " + "word " * 200), (), {}, ()),)).to_html()
+    [shown] = texts(html)
+    assert shown.startswith("first word word")
+    assert shown.endswith("word … ")
+    assert len(shown) < 150

@@ -37,7 +37,7 @@ def test_scores_equal_flagembeddings(tiny: BGEM3Embeddings, tiny_checkpoint: Pat
     for document in ranked:
         row = document.metadata["row"]
         for ours, theirs in {**names, "colbert": "colbert"}.items():
-            assert document.metadata[f"{ours}_score"] == pytest.approx(
+            assert document.metadata[f"bge_m3_{ours}_score"] == pytest.approx(
                 expected[theirs][row], abs=1e-5
             )
     order = np.argsort(expected["colbert+sparse+dense"])[::-1].tolist()
@@ -50,13 +50,23 @@ def test_documents_are_copied_not_changed(tiny: BGEM3Embeddings) -> None:
     assert given == documents()
     assert ranked[0].id == "4"
     assert len(ranked) == 2
-    assert type(ranked[0].metadata["relevance_score"]) is float
+    assert type(ranked[0].metadata["bge_m3_relevance_score"]) is float
 
 
 def test_async_equals_sync(tiny: BGEM3Embeddings) -> None:
-    reranker = BGEM3Reranker(embeddings=tiny)
+    reranker = BGEM3Reranker(embeddings=tiny, top_n=3, weights=(0.1, 0.8, 0.1))
     ranked = asyncio.run(reranker.acompress_documents(documents(), QUERY))
     assert ranked == reranker.compress_documents(documents(), QUERY)
+    assert len(ranked) == 3
+    assert ranked != BGEM3Reranker(embeddings=tiny, top_n=3).compress_documents(documents(), QUERY)
+
+
+def test_the_querys_instruction_counts(tiny: BGEM3Embeddings) -> None:
+    instructed = tiny.model_copy(update={"query_instruction": "find: "})
+    ranked = BGEM3Reranker(embeddings=instructed).compress_documents(documents(), QUERY)
+    assert ranked == BGEM3Reranker(embeddings=tiny).compress_documents(
+        documents(), f"find: {QUERY}"
+    )
 
 
 def test_no_documents_give_none(tiny: BGEM3Embeddings) -> None:
@@ -94,9 +104,9 @@ def test_a_dense_only_checkpoint_takes_dense_weights_alone(
 ) -> None:
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "dense-only")
     (folder / "colbert_linear.pt").unlink()
-    embeddings = BGEM3Embeddings(model=folder, device="cpu", dtype="float32", backend="torch")
+    embeddings = BGEM3Embeddings(model=folder, device="cpu", dtype="float32")
     with pytest.raises(ValueError, match="dense-only checkpoint"):
         BGEM3Reranker(embeddings=embeddings).compress_documents(documents(), QUERY)
     reranker = BGEM3Reranker(embeddings=embeddings, weights=(1, 0, 0))
     [best, *_] = reranker.compress_documents(documents(), QUERY)
-    assert best.metadata.keys() == {"row", "relevance_score", "dense_score"}
+    assert best.metadata.keys() == {"row", "bge_m3_relevance_score", "bge_m3_dense_score"}

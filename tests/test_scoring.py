@@ -12,8 +12,6 @@ from langchain_bge_dense._scoring import (
     dense_scores,
     lexical_scores,
     maxsim_scores,
-    pack,
-    reciprocal_rank_fusion,
     weighted_mean,
 )
 
@@ -52,7 +50,7 @@ def scores(encoded):
     (q_dense, q_lexical, q_colbert), (p_dense, p_lexical, p_colbert) = encoded
     return (
         np.stack([dense_scores(query, p_dense) for query in q_dense]),
-        np.stack([lexical_scores(query, pack(p_lexical)) for query in q_lexical]),
+        np.stack([lexical_scores(query, p_lexical) for query in q_lexical]),
         np.stack([maxsim_scores(query, p_colbert) for query in q_colbert]),
     )
 
@@ -96,7 +94,7 @@ def test_all_scores_equal_those_of_compute_score(flag, encoded):
 def test_lexical_score_by_hand():
     query = {9: 2.0, 5: 0.5}
     passages = [{5: 1.0, 9: 0.25}, {7: 3.0}, {}, {9: 1.0, 4: 1.0, 12: 1.0}]
-    assert lexical_scores(query, pack(passages)).tolist() == [1.0, 0.0, 0.0, 2.0]
+    assert lexical_scores(query, passages).tolist() == [1.0, 0.0, 0.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -104,19 +102,13 @@ def test_lexical_score_by_hand():
     [({}, [{5: 1.0}, {}], [0.0, 0.0]), ({5: 1.0}, [{}], [0.0]), ({5: 1.0}, [], []), ({}, [], [])],
 )
 def test_lexical_score_of_nothing_is_zero(query, passages, expected):
-    assert lexical_scores(query, pack(passages)).tolist() == expected
+    assert lexical_scores(query, passages).tolist() == expected
 
 
 @given(LEXICAL, st.lists(LEXICAL, max_size=6))
 def test_lexical_scores_equal_the_sum_over_shared_tokens(query, passages):
     expected = [sum(query[i] * row[i] for i in query.keys() & row.keys()) for row in passages]
-    np.testing.assert_allclose(lexical_scores(query, pack(passages)), expected, atol=1e-5)
-
-
-def test_packed_weights_can_be_cut_from_a_store_in_any_token_order():
-    packed = pack([{12: 1.0, 4: 2.0, 9: 4.0}])
-    assert packed.ids.tolist() == [12, 4, 9]
-    assert lexical_scores({4: 1.0, 12: 1.0}, packed).tolist() == [3.0]
+    np.testing.assert_allclose(lexical_scores(query, passages), expected, atol=1e-5)
 
 
 def test_maxsim_by_hand():
@@ -141,11 +133,3 @@ def test_weights_are_divided_by_their_sum():
     assert fused.tolist() == [0.75, 0.25]
     assert fused.dtype == np.float32
     assert weighted_mean(parts, (0, 2)).tolist() == [0.0, 1.0]
-
-
-def test_reciprocal_ranks_add_up_over_the_rankings_that_hold_a_passage():
-    fused = reciprocal_rank_fusion([[2, 0], np.array([0, 1, 2])], 4)
-    expected = [1 / 62 + 1 / 61, 1 / 62, 1 / 61 + 1 / 63, 0]
-    np.testing.assert_allclose(fused, expected, rtol=1e-6)
-    assert reciprocal_rank_fusion([[1]], 2, constant=0).tolist() == [0.0, 1.0]
-    assert reciprocal_rank_fusion([[], []], 2).tolist() == [0.0, 0.0]

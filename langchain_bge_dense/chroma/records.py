@@ -1,7 +1,4 @@
-"""LangChain documents into what Chroma stores: checked, with a hash for an id.
-
-Knows no Chroma and no embeddings, only what Chroma can keep.
-"""
+"""LangChain documents as what Chroma stores: checked, with an id."""
 
 from __future__ import annotations
 
@@ -12,17 +9,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.documents import Document
 
+from langchain_bge_dense._scoring import SCORE_KEYS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_KINDS = (bool, int, float, str)  # an int is not a float of the same value, nor True an int
 
 
 class Record(NamedTuple):
     """One document on its way into a collection.
 
     Attributes:
-        id: SHA-256 over text and metadata.
+        id: The document's own, else SHA-256 over text and metadata.
         text: The document's `page_content`.
-        metadata: Without values that are None, which Chroma does not keep.
+        metadata: Without scores of a search, and without values that are None, which Chroma does
+            not keep.
         position: The document's place in the input, from 0.
     """
 
@@ -30,6 +32,15 @@ class Record(NamedTuple):
     text: str
     metadata: dict[str, Any]
     position: int
+
+    def equals(self, text: str | None, metadata: Mapping[str, Any] | None) -> bool:
+        """Whether it is what is stored; Chroma may change the last digit of a float."""
+        stored = metadata or {}
+        return (
+            self.text == text
+            and self.metadata.keys() == stored.keys()
+            and all(_same(value, stored[key]) for key, value in self.metadata.items())
+        )
 
 
 def record(document: Any, position: int) -> Record:
@@ -40,7 +51,7 @@ def record(document: Any, position: int) -> Record:
         position: Its place in the input, for errors.
 
     Raises:
-        TypeError: It is no document, or has metadata of a type that Chroma cannot keep.
+        TypeError: It is not a document, or has metadata of a type that Chroma cannot keep.
         ValueError: Its metadata has a key or value that Chroma cannot keep, or its text or
             metadata hold a lone surrogate.
 
@@ -53,14 +64,37 @@ def record(document: Any, position: int) -> Record:
             "Wrap texts as Document(page_content=text)."
         )
         raise TypeError(msg)
-    metadata = {key: value for key, value in document.metadata.items() if value is not None}
+    text = document.page_content
+    metadata = checked_metadata(document.metadata, position)
+    content_hash = _hash(text, metadata, position)
+    return Record(document.id or content_hash, text, metadata, position)
+
+
+def checked_metadata(given: Mapping[Any, Any], position: int) -> dict[str, Any]:
+    """Metadata as Chroma keeps it.
+
+    Raises:
+        TypeError: It has a type that Chroma cannot keep.
+        ValueError: It has a key or value that Chroma cannot keep.
+    """
+    metadata = {
+        key: value for key, value in given.items() if value is not None and key not in SCORE_KEYS
+    }
     for key, value in metadata.items():
         _check_key(key, position)
         _check_value(key, value, position)
         if isinstance(value, float):
             metadata[key] = value + 0.0  # -0.0 is 0.0, and gets the same id
-    text = document.page_content
-    return Record(_hash(text, metadata, position), text, metadata, position)
+    return metadata
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    kinds = [next((k for k in _KINDS if isinstance(value, k)), None) for value in (one, other)]
+    if kinds == [float, float]:
+        return math.isclose(one, other, rel_tol=1e-12)
+    return kinds[0] is kinds[1] and bool(one == other)
 
 
 def _hash(text: str, metadata: Mapping[str, Any], position: int) -> str:

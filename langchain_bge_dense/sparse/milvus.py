@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from langchain_milvus.utils.sparse import BaseSparseEmbedding
 
-from langchain_bge_dense._memo import LexicalSide
+if TYPE_CHECKING:
+    from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 
-class BGEM3MilvusSparse(LexicalSide, BaseSparseEmbedding):
+class BGEM3MilvusSparse(BaseSparseEmbedding):
     """Lexical weights of BGE-M3 for `Milvus`.
 
     Args:
@@ -15,13 +18,16 @@ class BGEM3MilvusSparse(LexicalSide, BaseSparseEmbedding):
             are encoded once for both.
     """
 
+    def __init__(self, embeddings: BGEM3Embeddings) -> None:
+        self._lexical = embeddings._sparse_side()  # noqa: SLF001 - one forward pass for both sides
+
     def embed_documents(self, texts: list[str]) -> list[dict[int, float]]:
         """Lexical weights of N passages; an empty text has none.
 
         Raises:
             ValueError: The checkpoint is dense only.
         """
-        return self._documents(texts)
+        return self._lexical(texts, query=False)
 
     def embed_query(self, query: str) -> dict[int, float]:
         """Lexical weights of a query.
@@ -29,4 +35,4 @@ class BGEM3MilvusSparse(LexicalSide, BaseSparseEmbedding):
         Raises:
             ValueError: The checkpoint is dense only.
         """
-        return self._query(query)
+        return self._lexical([query], query=True)[0]

@@ -1,7 +1,4 @@
-"""What a Chroma collection says of the vectors in it, and whether embeddings fit them.
-
-Knows nothing of documents and indexing.
-"""
+"""A Chroma collection: its client, its space, and which model its vectors are of."""
 
 from __future__ import annotations
 
@@ -14,8 +11,6 @@ import chromadb
 import numpy as np
 from chromadb.config import Settings
 
-from langchain_bge_dense._folder import enter
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -25,10 +20,14 @@ if TYPE_CHECKING:
 
 FINGERPRINT = "embedding_fingerprint"
 DIMENSION = "embedding_dimension"
+LEXICAL = "lexical_weights"
+UID = "passages_uid"  # names what belongs to the passages; stays when the collection is compacted
 
 _SAME_COSINE = 0.99  # of one text by one model, in any dtype
 _SAMPLE = 10  # stored documents of which the shortest is embedded again
-_WAYS_OUT = "take another collection_name, or delete the collection and index its documents again."
+_ALTERNATIVE = (
+    "take another collection_name, or delete the collection and index its documents again."
+)
 
 
 class Identity(NamedTuple):
@@ -45,7 +44,7 @@ class Identity(NamedTuple):
     @classmethod
     def of(cls, embeddings: Embeddings) -> Identity:
         """Identity of any embeddings; without a `dimension` of their own one query is embedded."""
-        dimension = getattr(embeddings, "dimension", None)
+        dimension = getattr(underlying(embeddings), "dimension", None)
         if not isinstance(dimension, int):
             dimension = len(embeddings.embed_query("dimension"))
         return cls(fingerprint_of(embeddings), dimension)
@@ -55,13 +54,21 @@ class Identity(NamedTuple):
         return {FINGERPRINT: self.fingerprint, DIMENSION: self.dimension}
 
 
+def underlying(embeddings: Embeddings) -> Embeddings:
+    """The embeddings behind caches and other wrappers."""
+    while (inner := getattr(embeddings, "underlying_embeddings", None)) is not None:
+        embeddings = inner
+    return embeddings
+
+
 def fingerprint_of(embeddings: Embeddings) -> str:
-    """The embeddings' own fingerprint, else their class and the name of their model.
+    """The fingerprint of what really embeds, else its class and the name of its model.
 
     >>> from langchain_core.embeddings import DeterministicFakeEmbedding
     >>> fingerprint_of(DeterministicFakeEmbedding(size=8))
     'langchain_core.embeddings.fake.DeterministicFakeEmbedding'
     """
+    embeddings = underlying(embeddings)
     kind = type(embeddings)
     values = [getattr(embeddings, name, None) for name in ("fingerprint", "model", "model_name")]
     own, *models = [value if isinstance(value, str) else None for value in values]
@@ -72,37 +79,37 @@ def fingerprint_of(embeddings: Embeddings) -> str:
 def same_model(one: str, other: str) -> bool:
     """Whether two fingerprints name one model: by its digest where both have one.
 
-    >>> same_model("bge-m3@3f2a9c81d0e4 pooling=cls", "a-copy@3f2a9c81d0e4 pooling=cls")
+    >>> same_model("bge-m3-3f2a9c81d0e4-cls", "a-copy-3f2a9c81d0e4-cls")
     True
     """
     return _without_name(one) == _without_name(other)
 
 
 def _without_name(fingerprint: str) -> str:
-    return re.sub(r"^.*?@(?=[0-9a-f]{12} )", "", fingerprint)
+    return re.sub(r"^.*?-(?=[0-9a-f]{12}-(?:cls|mean))", "", fingerprint)
 
 
-def local_client(folder: str | os.PathLike[str] | None, **names: str) -> ClientAPI:
+def local_client(path: str | None, **names: str) -> ClientAPI:
     """A client of the Chroma in this process, on disk or in memory.
 
     Args:
-        folder: Where the data is kept; None: a database in memory that nobody else has.
+        path: Where the data is kept; None: a database in memory that nobody else has.
         names: `tenant` and `database`, as in Chroma.
     """
     # Chroma gives one folder, and memory, to clients of equal settings alone. So the caller's own
     # ones get no telemetry either, and where they were here first, theirs is left as it is.
     os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
     try:
-        return _start(folder, Settings(anonymized_telemetry=False), **names)
+        return _start(path, Settings(anonymized_telemetry=False), **names)
     except ValueError as error:
         if "different settings" not in str(error):
             raise
-        return _start(folder, Settings(anonymized_telemetry=True), **names)
+        return _start(path, Settings(anonymized_telemetry=True), **names)
 
 
-def _start(folder: str | os.PathLike[str] | None, settings: Settings, **names: str) -> ClientAPI:
-    if folder is not None:
-        return chromadb.PersistentClient(enter(folder), settings, **names)
+def _start(path: str | None, settings: Settings, **names: str) -> ClientAPI:
+    if path is not None:
+        return chromadb.PersistentClient(path, settings, **names)
     if not names:
         names = {"database": uuid.uuid4().hex}
         chromadb.AdminClient(settings).create_database(names["database"])
@@ -142,7 +149,7 @@ def claim(collection: Collection, embeddings: Embeddings, identity: Identity) ->
     Args:
         collection: As Chroma gives it now.
         embeddings: Embed a stored document again where the collection does not name its model.
-        identity: Theirs.
+        identity: Of the embeddings.
 
     Raises:
         ValueError: The collection has another space, or its vectors are another model's.
@@ -172,9 +179,17 @@ def check(collection: Collection, fingerprint: str) -> None:
     if not same_model(stored, fingerprint):
         msg = (
             f"Collection {collection.name!r} holds vectors of {stored!r}, not of {fingerprint!r}. "
-            f"Open it with the first model, {_WAYS_OUT}"
+            f"Open it with the first model, {_ALTERNATIVE}"
         )
         raise ValueError(msg)
+
+
+def add_metadata(collection: Collection, **added: Any) -> None:
+    """Write to a collection's metadata what it lacks or has otherwise."""
+    # Chroma takes no hnsw:space here; the configuration holds the space.
+    stored = {k: v for k, v in (collection.metadata or {}).items() if k != "hnsw:space"}
+    if stored != {**stored, **added}:
+        collection.modify(metadata={**stored, **added})
 
 
 def _check_space(collection: Collection) -> None:
@@ -184,7 +199,7 @@ def _check_space(collection: Collection) -> None:
     if space != "cosine":
         msg = (
             f"Collection {collection.name!r} has the space {space!r}, which cannot be changed to "
-            f"'cosine'. {_WAYS_OUT.capitalize()}"
+            f"'cosine'. {_ALTERNATIVE.capitalize()}"
         )
         raise ValueError(msg)
 
@@ -194,7 +209,7 @@ def _check_dimension(collection: Collection, stored: int, identity: Identity) ->
         msg = (
             f"Collection {collection.name!r} holds vectors of {stored} numbers, and those of "
             f"{identity.fingerprint!r} have {identity.dimension}. "
-            f"Open it with the first model, {_WAYS_OUT}"
+            f"Open it with the first model, {_ALTERNATIVE}"
         )
         raise ValueError(msg)
 
@@ -205,9 +220,7 @@ def _adopt(collection: Collection, embeddings: Embeddings, identity: Identity) -
     if vectors is not None and len(vectors):
         _check_dimension(collection, len(vectors[0]), identity)
         _check_sample(collection, sample["documents"] or [], vectors, embeddings)
-    # Chroma takes no hnsw:space here; the configuration holds the space.
-    kept = {k: v for k, v in (collection.metadata or {}).items() if k != "hnsw:space"}
-    collection.modify(metadata={**kept, **identity.metadata()})
+    add_metadata(collection, **identity.metadata())
 
 
 def _check_sample(
@@ -220,7 +233,7 @@ def _check_sample(
     if not texts:
         msg = (
             f"Collection {collection.name!r} has vectors and no texts, so that nothing shows which "
-            f"model filled it. {_WAYS_OUT.capitalize()}"
+            f"model filled it. {_ALTERNATIVE.capitalize()}"
         )
         raise ValueError(msg)
     text, stored = min(texts, key=lambda pair: len(pair[0]))
@@ -229,7 +242,7 @@ def _check_sample(
         msg = (
             f"Collection {collection.name!r} was filled by another model than "
             f"{fingerprint_of(embeddings)!r}: a stored text embedded again has cosine {cosine:.3f} "
-            f"to its stored vector. Open it with the first model, {_WAYS_OUT}"
+            f"to its stored vector. Open it with the first model, {_ALTERNATIVE}"
         )
         raise ValueError(msg)
 

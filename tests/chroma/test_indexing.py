@@ -13,7 +13,6 @@ from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, index
 
 from langchain_bge_dense import BGEM3Embeddings
-from langchain_bge_dense._collection import fingerprint_of
 from langchain_bge_dense.chroma import (
     IndexResult,
     aindex_documents,
@@ -21,6 +20,7 @@ from langchain_bge_dense.chroma import (
     index_vectors,
     open_chroma,
 )
+from langchain_bge_dense.chroma.collection import fingerprint_of
 
 
 @pytest.fixture
@@ -107,21 +107,16 @@ def test_bar_over_tokens(tiny, capsys, caplog):
 
 
 def test_bad_arguments(embeddings):
-    with pytest.raises(TypeError, match="store is list, not Chroma"):
+    with pytest.raises(TypeError, match="store is list, not a BGEM3Chroma"):
         index_documents([], passages(1))
     with pytest.raises(ValueError, match="batch_size is 0"):
         index_documents(open_chroma(embeddings), passages(1), batch_size=0)
-    with pytest.raises(ValueError, match="no embeddings"):
-        index_documents(Chroma("bare"), passages(1))
-    with pytest.raises(ValueError, match="does not say which model"):
+    with pytest.raises(TypeError, match=r"store is Chroma, not a BGEM3Chroma.* open_chroma"):
         index_documents(Chroma("plain", embeddings), passages(1))
-
-
-def test_a_plain_store_with_another_model(embeddings):
-    client = open_chroma(embeddings, "mine")._client
-    other = Chroma("mine", HashedEmbeddings(model="other"), client=client)
-    with pytest.raises(ValueError, match="holds vectors of"):
-        index_documents(other, passages(1))
+    store = open_chroma(embeddings)
+    for wrong in (Document("one"), "text", 7):
+        with pytest.raises(TypeError, match=r"not an iterable of Documents.*\[document\]"):
+            index_documents(store, wrong)
 
 
 def test_an_error_leaves_earlier_batches(embeddings):
@@ -175,9 +170,7 @@ def test_bge_m3(tiny):
 
 
 def test_bge_m3_counts_what_it_truncated(tiny_checkpoint):
-    short = BGEM3Embeddings(
-        model=tiny_checkpoint, device="cpu", backend="torch", max_length=8, on_truncate="ignore"
-    )
+    short = BGEM3Embeddings(model=tiny_checkpoint, device="cpu", max_length=8, on_truncate="ignore")
     documents = [Document("one"), Document("many words " * 20), Document("more " * 20)]
     store = open_chroma(short)
     tokens = sum(short.encode([d.page_content for d in documents]).token_counts)

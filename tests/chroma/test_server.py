@@ -14,11 +14,11 @@ import pytest
 from chroma_server import ChromaServer
 from hashed_embeddings import HashedEmbeddings
 from langchain_core.documents import Document
+from tenacity import stop_after_attempt, wait_fixed
 
-from langchain_bge_dense import _indexing
-from langchain_bge_dense.chroma import index_documents, open_chroma
+from langchain_bge_dense.chroma import connection, index_documents, open_chroma
 
-SCRIPT = Path(__file__).with_name("indexing_process.py")
+SCRIPT = Path(__file__).parents[1] / "indexing_process.py"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_two_processes_at_once(place):
 
 
 def test_the_server_stops_and_comes_back(server, place, monkeypatch, caplog):
-    monkeypatch.setattr(_indexing, "_WAITS", (0.1,) * 300)
+    monkeypatch.setattr(connection.RETRYING, "wait", wait_fixed(0.1))
     embeddings = HashedEmbeddings()
     store = open_chroma(embeddings, "back", **place)
 
@@ -103,11 +103,12 @@ def test_the_server_stops_and_comes_back(server, place, monkeypatch, caplog):
     assert index_documents(store, disturbed(), batch_size=40).added == 300
     assert embeddings.embedded == 300
     assert len(store.similarity_search("passage 1", k=300)) == 300
-    assert "Chroma did not answer" in caplog.text
+    assert "Retrying" in caplog.text
 
 
 def test_the_server_stays_away(server, place, monkeypatch):
-    monkeypatch.setattr(_indexing, "_WAITS", (0.01, 0.01))
+    monkeypatch.setattr(connection.RETRYING, "wait", wait_fixed(0.01))
+    monkeypatch.setattr(connection.RETRYING, "stop", stop_after_attempt(3))
     store = open_chroma(HashedEmbeddings(), "away", **place)
 
     def disturbed():
@@ -115,7 +116,9 @@ def test_the_server_stays_away(server, place, monkeypatch):
         server.stop()
         yield from passages(200)[100:]
 
-    with pytest.raises(ConnectionError, match=r"did not answer for .* Start it and run this again"):
+    with pytest.raises(
+        ConnectionError, match=r"did not answer 3 times.* Start it and run this again"
+    ):
         index_documents(store, disturbed(), batch_size=40)
     server.start()
     done = index_documents(store, passages(200), batch_size=40)

@@ -26,8 +26,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from langchain_bge_dense._milvus import BGEM3MilvusSparse
-    from langchain_bge_dense._qdrant import BGEM3QdrantSparse
+    from langchain_bge_dense.sparse.milvus import BGEM3MilvusSparse
+    from langchain_bge_dense.sparse.qdrant import BGEM3QdrantSparse
 
 __all__ = ["BGEM3MilvusSparse", "BGEM3QdrantSparse"]
 
@@ -40,7 +40,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(msg)
     extra = _EXTRAS[name]
     try:
-        return getattr(import_module(f"langchain_bge_dense._{extra}"), name)
+        return getattr(import_module(f"{__name__}.{extra}"), name)
     except ModuleNotFoundError as error:
         msg = (
             f"{name} needs {error.name}, which is not installed. "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from langchain_qdrant.sparse_embeddings import SparseEmbeddings, SparseVector
 
-from langchain_bge_dense._memo import LexicalSide
+if TYPE_CHECKING:
+    from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 
-class BGEM3QdrantSparse(LexicalSide, SparseEmbeddings):
+class BGEM3QdrantSparse(SparseEmbeddings):
     """Lexical weights of BGE-M3 for `QdrantVectorStore`.
 
     Args:
@@ -15,13 +18,16 @@ class BGEM3QdrantSparse(LexicalSide, SparseEmbeddings):
             are encoded once for both.
     """
 
+    def __init__(self, embeddings: BGEM3Embeddings) -> None:
+        self._lexical = embeddings._sparse_side()  # noqa: SLF001 - one forward pass for both sides
+
     def embed_documents(self, texts: list[str]) -> list[SparseVector]:
         """Lexical weights of N passages; an empty text has none.
 
         Raises:
             ValueError: The checkpoint is dense only.
         """
-        return [_vector(weights) for weights in self._documents(texts)]
+        return [_vector(weights) for weights in self._lexical(texts, query=False)]
 
     def embed_query(self, text: str) -> SparseVector:
         """Lexical weights of a query.
@@ -29,7 +35,7 @@ class BGEM3QdrantSparse(LexicalSide, SparseEmbeddings):
         Raises:
             ValueError: The checkpoint is dense only.
         """
-        return _vector(self._query(text))
+        return _vector(self._lexical([text], query=True)[0])
 
 
 def _vector(weights: dict[int, float]) -> SparseVector:

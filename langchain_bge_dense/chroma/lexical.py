@@ -1,0 +1,311 @@
+"""Lexical weights of the passages of a collection, and the inverted index over them.
+
+Weights are stored as a log: one entry a batch of passages, and one for passages that were deleted.
+Entries are only ever added, until the collection is compacted. Each process that searches keeps the
+inverted index in memory, and reads the entries that are new before a search.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import threading
+import uuid
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from chromadb.errors import NotFoundError
+from scipy import sparse
+
+from langchain_bge_dense.chroma.companions import Companion, no_vectors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from chromadb import Collection
+    from numpy.typing import NDArray
+
+    from langchain_bge_dense.chroma.companions import Encoded
+    from langchain_bge_dense.chroma.connection import Connection
+
+_PAGE = 50  # entries read at once
+_ENTRY = 4_096  # passages of an entry that compaction writes
+_POSTINGS = 4_000_000  # scored per search and part, the query's heaviest tokens first
+_VOCABULARY = 1 << 18  # rows of a part, more where a token id asks for it
+
+
+class Batch(NamedTuple):
+    """Passages of one entry, `N` of them with `M` weights in all."""
+
+    ids: list[str]
+    texts: NDArray[np.uint64]  # (N,) hashes
+    lengths: NDArray[np.uint32]  # (N,) weights per passage
+    tokens: NDArray[np.uint32]  # (M,)
+    weights: NDArray[np.float32]  # (M,)
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[str], texts: Sequence[str], weights: Sequence[Mapping[int, float]]
+    ) -> Batch:
+        """A batch of passages."""
+        return cls(
+            list(ids),
+            np.array([text_hash(text) for text in texts], np.uint64),
+            np.array([len(passage) for passage in weights], np.uint32),
+            np.array([token for passage in weights for token in passage], np.uint32),
+            np.array([value for passage in weights for value in passage.values()], np.float32),
+        )
+
+    def pack(self) -> str:
+        """As it is stored."""
+        stream = io.BytesIO()
+        names = np.frombuffer(json.dumps(self.ids).encode(), np.uint8)
+        np.savez_compressed(stream, names, *self[1:])
+        return base64.b64encode(stream.getvalue()).decode()
+
+    @classmethod
+    def unpack(cls, packed: str) -> Batch:
+        """What `pack` gave."""
+        with np.load(io.BytesIO(base64.b64decode(packed)), allow_pickle=False) as arrays:
+            names, *rest = (arrays[f"arr_{number}"] for number in range(len(cls._fields)))
+        return cls(json.loads(names.tobytes()), *rest)
+
+
+def text_hash(text: str) -> int:
+    """Sixty-four bits that tell whether a passage still is what its weights were computed of."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def postings(batches: Sequence[Batch]) -> sparse.csr_array:
+    """The inverted index of batches: a row a token, a column a passage."""
+    lengths = np.concatenate([batch.lengths for batch in batches])  # (N,)
+    tokens = np.concatenate([batch.tokens for batch in batches])  # (M,)
+    weights = np.concatenate([batch.weights for batch in batches])  # (M,)
+    passages = np.repeat(np.arange(len(lengths)), lengths)  # (M,)
+    rows = max(_VOCABULARY, int(tokens.max(initial=0)) + 1)
+    return sparse.csr_array((weights, (tokens, passages)), shape=(rows, len(lengths)))
+
+
+def merged(parts: Sequence[sparse.csr_array]) -> sparse.csr_array:
+    """Parts side by side: the passages of the first come first."""
+    rows = max(part.shape[0] for part in parts)
+    for part in parts:
+        part.resize((rows, part.shape[1]))
+    return sparse.hstack(parts, format="csr")
+
+
+def part_scores(
+    part: sparse.csr_array, tokens: NDArray[np.int64], weights: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Lexical scores of the passages of a part, `(N,)`.
+
+    Args:
+        part: What `postings` gave.
+        tokens: The query's, the heaviest first, `(Q,)`.
+        weights: Theirs, `(Q,)`.
+    """
+    known = tokens < part.shape[0]
+    tokens, weights = tokens[known], weights[known]
+    lengths = part.indptr[tokens + 1] - part.indptr[tokens]  # (Q,)
+    few = np.cumsum(lengths) <= _POSTINGS  # (Q,)
+    scores: NDArray[np.float32] = weights[few] @ part[tokens[few]]  # (N,)
+    return scores
+
+
+class LexicalScores(NamedTuple):
+    """Scores of one query, with the tables of the index at that time, which grow and never change.
+
+    Attributes:
+        values: By number of the passage, `(N,)`.
+        ids: By number.
+        texts: Hashes, by number.
+        latest: Id to number.
+    """
+
+    values: NDArray[np.float32]
+    ids: list[str]
+    texts: list[int]
+    latest: dict[str, int]
+
+    def ranked(self, count: int, among: Iterable[str] | None = None) -> list[str]:
+        """Ids of the passages with the highest scores above 0, the best first.
+
+        Args:
+            count: How many.
+            among: Ids of the passages that may be among them; None: all.
+        """
+        scores = self.values
+        if among is not None:
+            numbers = [number for number in map(self._number, among) if number is not None]
+            scores = np.zeros_like(self.values)
+            scores[numbers] = self.values[numbers]
+        count = min(count, len(scores))
+        best = np.argpartition(scores, len(scores) - count)[len(scores) - count :]  # (count,)
+        best = best[np.argsort(-scores[best], kind="stable")]
+        return [self.ids[number] for number in best[scores[best] > 0].tolist()]
+
+    def of(self, ids: Sequence[str], texts: Sequence[str]) -> NDArray[np.float32]:
+        """Scores of passages as they are stored now, `(len(ids),)`.
+
+        Args:
+            ids: Passages of the collection.
+            texts: Their texts there; one that was changed behind the store's back scores 0.
+        """
+        scores = np.zeros(len(ids), np.float32)
+        for place, (passage, text) in enumerate(zip(ids, texts, strict=True)):
+            number = self._number(passage)
+            if number is not None and self.texts[number] == text_hash(text):
+                scores[place] = self.values[number]
+        return scores
+
+    def _number(self, passage: str) -> int | None:
+        number = self.latest.get(passage)
+        return number if number is not None and number < len(self.values) else None
+
+
+class LexicalWeights(Companion):
+    """Lexical weights of a store's passages, searchable; safe to use from several threads.
+
+    Args:
+        connection: Of the store.
+        uid: Of its passages.
+    """
+
+    kind = "lexical"
+
+    def __init__(self, connection: Connection, uid: str) -> None:
+        super().__init__(connection, uid)
+        self._lock = threading.RLock()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was read."""
+        super().forget()
+        self._log: object = None
+        self._entries = 0
+        self._version: int | None = None
+        self._ids: list[str] = []
+        self._texts: list[int] = []
+        self._latest: dict[str, int] = {}
+        self._alive = np.empty(0, np.bool_)  # (N,)
+        self._parts: list[sparse.csr_array] = []
+
+    def add(self, ids: Sequence[str], texts: Sequence[str], encoded: Encoded) -> None:
+        """Write the weights of passages."""
+        if encoded.lexical is not None:
+            self._append({"batch": Batch.of(ids, texts, encoded.lexical).pack()})
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Write that passages were deleted."""
+        self.sync()
+        known = [passage for passage in ids if passage in self._latest]
+        if known:
+            self._append({"deleted": json.dumps(known)})
+
+    def _append(self, entry: Mapping[str, str]) -> None:
+        self._upsert([uuid.uuid4().hex], [entry])
+
+    def sync(self) -> None:
+        """Read the entries that were added since the last time, by this process or another."""
+        with self._lock:
+            version = self.connection.version()
+            if version is not None and version == self._version:
+                return
+            try:
+                self._read_new()
+            except NotFoundError:  # another process has compacted the collection
+                self.forget()
+                self._read_new()
+            self._version = version
+
+    def _read_new(self) -> None:
+        collection = self.collection()
+        if collection is not None and collection.id != self._log:  # a new one, or compacted
+            self.forget()
+            collection = self.collection()
+            self._log = collection and collection.id
+        while collection is not None:
+            found = collection.get(offset=self._entries, limit=_PAGE, include=["metadatas"])
+            if not found["ids"]:
+                return
+            self._read(found["metadatas"] or [])
+            self._entries += len(found["ids"])
+
+    def _read(self, entries: Sequence[Any]) -> None:
+        batches: list[Batch] = []
+        for entry in entries:
+            if "deleted" in entry:
+                self._index(batches)
+                batches = []
+                for passage in json.loads(entry["deleted"]):
+                    self._bury(passage)
+            else:
+                batches.append(Batch.unpack(entry["batch"]))
+        self._index(batches)
+
+    def _index(self, batches: Sequence[Batch]) -> None:
+        if not batches:
+            return
+        parts = [*self._parts, postings(batches)]
+        # Few parts make a search fast, and parts of growing size make growing cheap.
+        while len(parts) > 1 and parts[-2].nnz <= 2 * parts[-1].nnz:
+            parts[-2:] = [merged(parts[-2:])]
+        count = sum(len(batch.ids) for batch in batches)
+        self._alive = np.concatenate([self._alive, np.ones(count, np.bool_)])
+        for batch in batches:
+            for passage, text in zip(batch.ids, batch.texts.tolist(), strict=True):
+                self._bury(passage)
+                self._latest[passage] = len(self._ids)
+                self._ids.append(passage)
+                self._texts.append(text)
+        self._parts = parts
+
+    def _bury(self, passage: str) -> None:
+        number = self._latest.pop(passage, None)
+        if number is not None:
+            self._alive[number] = False
+
+    def __len__(self) -> int:
+        return len(self._latest)
+
+    def has(self, passage: str, text: str) -> bool:
+        """Whether there are weights of a passage as its text is now."""
+        number = self._latest.get(passage)
+        return number is not None and self._texts[number] == text_hash(text)
+
+    def scores(self, query: Mapping[int, float]) -> LexicalScores:
+        """Lexical scores of all passages; 0 for those that were deleted.
+
+        Args:
+            query: Token id to weight. Its heaviest tokens count first where postings are too many.
+        """
+        with self._lock:
+            parts, alive = self._parts, self._alive
+            tables = (self._ids, self._texts, self._latest)
+        tokens = np.array(sorted(query, key=lambda token: -query[token]), np.int64)  # (Q,)
+        weights = np.array([query[token] for token in tokens.tolist()], np.float32)  # (Q,)
+        found = [np.empty(0, np.float32), *(part_scores(part, tokens, weights) for part in parts)]
+        return LexicalScores(np.concatenate(found) * alive, *tables)
+
+    def write_compact(self, target: Collection, ids: Sequence[str]) -> None:
+        """Write the weights of passages that are stored, in large entries."""
+        self.sync()
+        if not self._parts:
+            return
+        weights = merged(self._parts).tocsc()
+        numbers = sorted(self._latest[passage] for passage in ids if passage in self._latest)
+        for start in range(0, len(numbers), _ENTRY):
+            chosen = numbers[start : start + _ENTRY]
+            columns = weights[:, chosen]
+            batch = Batch(
+                [self._ids[number] for number in chosen],
+                np.array([self._texts[number] for number in chosen], np.uint64),
+                np.diff(columns.indptr).astype(np.uint32),
+                columns.indices.astype(np.uint32),
+                columns.data,
+            )
+            entry: Any = {"batch": batch.pack()}
+            target.upsert(ids=[uuid.uuid4().hex], embeddings=no_vectors(1), metadatas=[entry])

@@ -1,0 +1,476 @@
+"""`BGEM3Chroma`: a LangChain `Chroma` whose collection is right, and stays right."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from chromadb.errors import NotFoundError
+from langchain_chroma import Chroma
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.utils.iter import batch_iterate
+
+from langchain_bge_dense.chroma.collection import (
+    LEXICAL,
+    UID,
+    Identity,
+    claim,
+    cosine_configuration,
+    require_cosine,
+)
+from langchain_bge_dense.chroma.connection import Connection, without_telemetry
+from langchain_bge_dense.chroma.passages import Passages
+from langchain_bge_dense.chroma.records import Record, checked_metadata, record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from types import TracebackType
+
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+    from typing_extensions import Self
+
+_NAME = re.compile(r"(?!.*\.\.)[a-zA-Z0-9][a-zA-Z0-9._-]{1,510}[a-zA-Z0-9]")
+_CLIENT_OPTIONS = (
+    "client_settings",
+    "host",
+    "port",
+    "ssl",
+    "headers",
+    "chroma_cloud_api_key",
+)
+_NAMES = ("tenant", "database")
+_PLACES = ("persist_directory", "client", "host", "chroma_cloud_api_key")
+
+
+class BGEM3Chroma(Chroma):
+    """A `Chroma` in cosine space that keeps all that belongs to a passage in step with it.
+
+    What `open_chroma` returns; use it for type annotations. Whatever adds, updates or deletes
+    documents, LangChain's `index()` included, writes and deletes their lexical weights too, and
+    passes the checks of `index_documents`.
+
+    Args:
+        collection_name: 3 to 512 characters of `[a-zA-Z0-9._-]`.
+        embedding_function: Any LangChain embeddings.
+        persist_directory: A folder, made if it does not exist.
+        client: A Chroma client of your own, `chromadb.HttpClient(...)` for example.
+        lexical: As in `open_chroma`.
+        chroma_options: As in `open_chroma`.
+
+    Example:
+        >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+        >>> with open_chroma(DeterministicFakeEmbedding(size=8), "notes") as store:
+        ...     store.add_texts(["a note"], ids=["1"])
+        ['1']
+    """
+
+    def __init__(
+        self,
+        collection_name: str = "langchain",
+        embedding_function: Embeddings | None = None,
+        persist_directory: str | os.PathLike[str] | None = None,
+        *,
+        client: ClientAPI | None = None,
+        lexical: bool | None = None,
+        **chroma_options: Any,
+    ) -> None:
+        embeddings = _checked(embedding_function, collection_name)
+        options = {key: value for key, value in chroma_options.items() if value is not None}
+        _check_places(persist_directory=persist_directory, client=client, **options)
+        identity = Identity.of(embeddings)
+        given = options.pop("collection_metadata", {})
+        require_cosine(given.get("hnsw:space", "cosine"), "collection_metadata")
+        options |= {
+            "collection_metadata": {**given, **identity.metadata(), **_new_metadata(lexical)},
+            "collection_configuration": cosine_configuration(
+                options.pop("collection_configuration", None)
+            ),
+            "relevance_score_fn": options.get("relevance_score_fn", _relevance),
+        }
+        connection = self._connected(persist_directory, client, options)
+        with connection.exclusive():
+            connection.collection(collection_name)
+            super().__init__(collection_name, embeddings, client=connection.client, **options)
+            collection: Any = connection.collection(collection_name)
+            claim(collection, embeddings, identity)
+            self._passages = Passages(connection, collection, embeddings)
+            connection.seen()
+        self._decide(lexical)
+
+    def _connected(
+        self,
+        folder: str | os.PathLike[str] | None,
+        client: ClientAPI | None,
+        options: dict[str, Any],
+    ) -> Connection:
+        """A connection; options that say where the data is are taken out."""
+        if client is not None:
+            return Connection.of(client)
+        places = {key: options.pop(key) for key in (*_CLIENT_OPTIONS, *_NAMES) if key in options}
+        if not {"client_settings", "host", "chroma_cloud_api_key"} & places.keys():
+            names = {key: str(places[key]) for key in _NAMES if key in places}
+            return Connection.local(folder, names)
+        places.setdefault("client_settings", without_telemetry())
+        with contextlib.suppress(NotFoundError):  # all that is wanted of langchain-chroma here is
+            super().__init__(  # the client
+                persist_directory=os.fspath(folder) if folder else None,
+                create_collection_if_not_exists=False,
+                **places,
+            )
+        return Connection.of(self._client)
+
+    def _decide(self, lexical: bool | None) -> None:
+        """Follow what was asked for of lexical weights."""
+        if lexical:
+            self._passages.enable_lexical()
+        elif lexical is False and self._passages.lexical:
+            msg = (
+                f"lexical=False was asked for, and collection {self._collection_name!r} has "
+                "lexical weights. Leave lexical out, or take another collection_name."
+            )
+            raise ValueError(msg)
+
+    @property
+    def _client(self) -> ClientAPI:
+        """The client, which is replaced when the folder is opened again."""
+        passages = self.__dict__.get("_passages")
+        client: ClientAPI = passages.connection.client if passages else self.__dict__["client"]
+        return client
+
+    @_client.setter
+    def _client(self, client: ClientAPI) -> None:
+        self.__dict__["client"] = client
+
+    @property
+    def _collection(self) -> Collection:
+        """The collection, as it is in Chroma now."""
+        if self._chroma_collection is None:
+            return super()._collection
+        return self._passages.collection
+
+    @property
+    def lexical(self) -> bool:
+        """Whether the collection has lexical weights, for `BGEM3Retriever`.
+
+        Example:
+            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").lexical
+            False
+        """
+        return self._passages.lexical
+
+    @property
+    def uid(self) -> str:
+        """Names these passages: stays when the collection is compacted, and ends with it.
+
+        The right namespace for a record manager of LangChain's `index()`.
+
+        Example:
+            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
+            >>> before = store.uid
+            >>> _ = compact(store)
+            >>> store.uid == before
+            True
+        """
+        uid: str = self._passages.uid
+        return uid
+
+    def add_texts(
+        self,
+        texts: Iterable[str],
+        metadatas: list[dict[str, Any]] | None = None,
+        ids: list[str] | None = None,
+        **kwargs: Any,  # noqa: ARG002 - LangChain's signature
+    ) -> list[str]:
+        """Embed and store texts; a text takes the place of the one with its id.
+
+        Args:
+            texts: The texts.
+            metadatas: Theirs; those that lack are empty.
+            ids: Theirs; None, and each None in it, is a new random one.
+            kwargs: Not used.
+
+        Returns:
+            The ids.
+
+        Raises:
+            TypeError: An item is not a text, or has metadata of a type that Chroma cannot store.
+            ValueError: A text or its metadata cannot be stored.
+            FloatingPointError: A vector is not finite.
+
+        Example:
+            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
+            >>> store.add_texts(["one", "two"], ids=["a", "b"])
+            ['a', 'b']
+        """
+        texts = list(texts)
+        given = [*(metadatas or []), *({} for _ in texts)]
+        own: list[Any] = list(ids) if ids is not None else [None] * len(texts)
+        named = [passage or str(uuid.uuid4()) for passage in own]
+        records = [
+            record(Document.model_construct(page_content=text, metadata=meta or {}, id=name), place)
+            for place, (text, meta, name) in enumerate(
+                zip(texts, given[: len(texts)], named, strict=True)
+            )
+        ]
+        self._write({r.id: r for r in records}.values(), stored=ids is not None)
+        return named
+
+    def update_documents(self, ids: list[str], documents: list[Document]) -> None:
+        """Embed documents in the place of those with these ids; ids that are not stored are left.
+
+        Args:
+            ids: Ids of stored documents.
+            documents: The new ones. Metadata keys that they lack stay as they are.
+
+        Example:
+            >>> from langchain_core.documents import Document
+            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
+            >>> _ = store.add_texts(["one"], ids=["a"])
+            >>> store.update_documents(["a"], [Document("two")])
+            >>> store.get_by_ids(["a"])[0].page_content
+            'two'
+        """
+        self._passages.connection.acquire_writer()
+        stored = self._passages.stored(ids)
+        records = [
+            record(document.model_copy(update={"id": passage}), place)._replace(
+                metadata=checked_metadata({**stored[passage][1], **document.metadata}, place)
+            )
+            for place, (passage, document) in enumerate(zip(ids, documents, strict=True))
+            if passage in stored
+        ]
+        self._write(records, stored=True)
+
+    def _write(self, records: Iterable[Record], *, stored: bool) -> None:
+        passages = self._passages
+        passages.connection.acquire_writer()
+        for batch in batch_iterate(passages.batch_size(), records):
+            former = passages.stored([r.id for r in batch]) if stored else {}
+            passages.write(batch, passages.encode([r.text for r in batch]), former)
+
+    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> None:
+        """Delete documents and all that belongs to them.
+
+        Args:
+            ids: Their ids.
+            kwargs: `where` and `where_document`, as in Chroma.
+
+        Raises:
+            ValueError: Nothing says which documents.
+
+        Example:
+            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
+            >>> _ = store.add_texts(["one", "two"], ids=["a", "b"])
+            >>> store.delete(["a"])
+            >>> store.get()["ids"]
+            ['b']
+        """
+        which = {key: value for key, value in {"ids": ids, **kwargs}.items() if value is not None}
+        if not which:
+            msg = "Nothing says what to delete. Pass ids, where or where_document."
+            raise ValueError(msg)
+        if which.get("ids") != []:
+            self._passages.connection.acquire_writer()
+            self._passages.delete(**which)
+
+    def delete_collection(self) -> None:
+        """Delete the collection and all that belongs to its passages.
+
+        Example:
+            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").delete_collection()
+        """
+        self._passages.connection.acquire_writer()
+        self._passages.drop()
+        self._chroma_collection = None
+
+    def reset_collection(self) -> None:
+        """Delete the collection and begin an empty one, with or without lexical weights as before.
+
+        Example:
+            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").reset_collection()
+        """
+        lexical = self._passages.lexical
+        self._collection_metadata = {**(self._collection_metadata or {}), **_new_metadata(lexical)}
+        super().reset_collection()
+        self._passages.restart(self._chroma_collection)  # type: ignore[arg-type]
+
+    def get(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Stored documents, as `Chroma.get` gives them.
+
+        Example:
+            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").get()["ids"]
+            []
+        """
+        return self._passages.connection.read(lambda: super(BGEM3Chroma, self).get(*args, **kwargs))
+
+    def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
+        """Stored documents by their ids; those that are not stored are left out.
+
+        Example:
+            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
+            >>> _ = store.add_texts(["one"], ids=["a"])
+            >>> store.get_by_ids(["a", "b"])
+            [Document(id='a', metadata={}, page_content='one')]
+        """
+        stored = self._passages.stored(ids)
+        return [
+            Document(page_content=text, metadata=dict(metadata), id=passage)
+            for passage, (text, metadata) in stored.items()
+        ]
+
+    def add_missing_weights(self) -> int:
+        """Compute lexical weights for passages that have none, and store them.
+
+        Passages lack them that were stored before `lexical=True`, by `index_vectors`, or by a
+        `Chroma` that is not of `open_chroma`.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            TypeError: The embeddings give no lexical weights.
+
+        Example:
+            >>> store = open_chroma(BGEM3Embeddings(model=checkpoint), "notes")
+            >>> _ = store.add_texts(["one"])
+            >>> store.add_missing_weights()
+            1
+        """
+        self._passages.enable_lexical()
+        return self._passages.add_missing_weights()
+
+    def close(self) -> None:
+        """Free Chroma's memory and files, and let other processes write to the folder.
+
+        A client that was passed to `open_chroma` stays open.
+
+        Example:
+            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").close()
+        """
+        self._passages.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_chroma(
+    embeddings: Embeddings,
+    collection_name: str = "langchain",
+    *,
+    persist_directory: str | os.PathLike[str] | None = None,
+    client: ClientAPI | None = None,
+    lexical: bool | None = None,
+    **chroma_options: Any,
+) -> BGEM3Chroma:
+    """Open a collection in cosine space that holds vectors of these embeddings and of no others.
+
+    The embeddings' fingerprint and dimension are written to a new collection and checked when it is
+    opened again; caches and other wrappers count as what they wrap. A collection that plain Chroma
+    filled is taken over if it is in cosine space and one of its texts, embedded again, gives the
+    vector stored.
+
+    Where the data is: in `persist_directory`; or with `client`, or on the server at `host` and
+    `port`; or, with none of these, in memory, in a database that only this store uses and that ends
+    with the process. To share a collection in memory, pass one `chromadb.EphemeralClient()` as
+    `client` each time.
+
+    Any number of processes may search a folder that one process writes. What it commits is seen by
+    the next query, and while it goes on after a second, or five times what opening the folder
+    takes if that is longer. The first process that writes keeps others from writing until it closes
+    its store or ends; to let several write, use a server.
+
+    A process can be killed at any moment, and the disk can be full: what was stored stays, and the
+    next process that opens the folder restores what was being written. A power cut can also lose
+    what a call of `index_documents` that has not returned was writing.
+
+    Args:
+        embeddings: Any LangChain embeddings.
+        collection_name: 3 to 512 characters of `[a-zA-Z0-9._-]`.
+        persist_directory: A folder, made if it does not exist; `~` is the user's own.
+        client: A Chroma client of your own, `chromadb.HttpClient(...)` for example.
+        lexical: Store lexical weights of the same forward pass too, for `BGEM3Retriever`. It is
+            written to the collection; None: as the collection has it, False for a new one.
+        chroma_options: Anything else for `langchain_chroma.Chroma`: `host`, `port`, `ssl`,
+            `headers`, `tenant`, `database`, `collection_metadata`, `collection_configuration`...
+
+    Returns:
+        The store. Its relevance scores are cosines, clipped to 0..1.
+
+    Raises:
+        TypeError: `embeddings` is not LangChain `Embeddings`, or gives no lexical weights.
+        ValueError: The name is invalid, two places are given for the data, another space than
+            cosine is asked for, or the collection has another space or another model's vectors.
+        OSError: The folder could not be written to, or its index is damaged; the error says what
+            is left.
+
+    Example:
+        >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+        >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
+        >>> store.add_texts(["a note"], ids=["1"])
+        ['1']
+    """
+    return BGEM3Chroma(
+        collection_name,
+        embeddings,
+        persist_directory,
+        client=client,
+        lexical=lexical,
+        **chroma_options,
+    )
+
+
+def _new_metadata(lexical: object) -> dict[str, Any]:
+    """What a new collection says of its passages."""
+    return {UID: uuid.uuid4().hex, LEXICAL: bool(lexical)}
+
+
+def _relevance(distance: float) -> float:
+    """Cosine of a cosine distance, which rounding can put a hair outside 0..1."""
+    return min(1.0, max(0.0, 1.0 - distance))
+
+
+def _check_places(**options: Any) -> None:
+    """Refuse more than one place; langchain-chroma knows all but `client`."""
+    given = [name for name in _PLACES if options.get(name) is not None]
+    if len(given) > 1:
+        msg = f"{' and '.join(given)} are given, and data has one place. Pass one of them."
+        raise ValueError(msg)
+
+
+def _checked(embeddings: object, collection_name: object) -> Embeddings:
+    if not isinstance(embeddings, Embeddings):
+        msg = (
+            f"The embeddings are {type(embeddings).__name__}, not LangChain Embeddings. "
+            "Pass BGEM3Embeddings() or another subclass."
+        )
+        raise TypeError(msg)
+    if not isinstance(collection_name, str) or not _NAME.fullmatch(collection_name):
+        msg = (
+            f"{collection_name!r} is not a name for a collection. Use 3 to 512 characters of "
+            "[a-zA-Z0-9._-], a letter or digit first and last, and no two dots in a row."
+        )
+        raise ValueError(msg)
+    return embeddings

@@ -1,0 +1,375 @@
+"""Why a passage matched a query: the tokens that both hold, their weights, and where they stand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from html import escape as escape_html
+from typing import TYPE_CHECKING, NamedTuple
+
+from langchain_core.documents import Document
+
+from langchain_bge_dense._scoring import SCORES, score_key
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from langchain_bge_dense.embeddings import BGEM3Embeddings
+
+__all__ = ["Mark", "Match", "Matches", "SharedToken", "Token", "Word", "find_matches"]
+
+_CJK = r"\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+_LETTER_PAIR = re.compile(rf"[^\W{_CJK}]{{2}}")
+_UNBROKEN_PAIR = re.compile(rf"[^\s{_CJK}]{{2}}")
+_WORD_START = "▁"  # SentencePiece's, of no width where it is a token by itself
+_FAINTEST = 0.05  # of the strongest mark: what is weaker is noise to a reader
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # no text of a page
+_SMALLEST = 0.005  # the smallest weight that two decimals show
+_CONTEXT = 120  # characters shown on each side of a mark
+
+_STYLE = """<style>
+.m3-matches { line-height: 1.55; overflow-wrap: anywhere; }
+.m3-matches > * + * { margin-top: 1rem; padding-top: 1rem;
+  border-top: 1px solid rgb(128 128 128 / .3); }
+.m3-matches .query { display: flex; flex-wrap: wrap; gap: .375rem .625rem; }
+.m3-matches .word { display: flex; gap: 1px; }
+.m3-matches .token { text-align: center; }
+.m3-matches .token mark { display: block; padding: .0625rem .375rem; min-width: 1.75rem;
+  white-space: pre; }
+.m3-matches small { display: block; opacity: .7; font-size: .75rem;
+  font-variant-numeric: tabular-nums; }
+.m3-matches section { display: flex; flex-wrap: wrap; gap: .375rem 2rem; }
+.m3-matches header { flex: 1 1 15rem; }
+.m3-matches header b { font-weight: 600; }
+.m3-matches .text { flex: 3 1 26rem; margin: 0; white-space: pre-line; }
+.m3-matches mark { color: inherit; border-radius: .1875rem; padding: .0625rem .125rem;
+  margin: 0 -.0625rem; background: rgb(240 170 0 / calc(.1 + .55 * var(--strength))); }
+</style>"""
+
+_PAGE = """<!doctype html>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>body {{ margin: 2.5rem auto; padding: 0 1.5rem; max-width: 68rem; }}
+body {{ font-family: system-ui, sans-serif; }}</style>
+<h1 dir="auto">{title}</h1>
+{body}
+"""
+
+
+class Token(NamedTuple):
+    """A token of the query: its id in the vocabulary, its text there, and its lexical weight."""
+
+    id: int
+    text: str
+    weight: float
+
+
+class SharedToken(NamedTuple):
+    """A token that query and passage both hold, as it stands in the query."""
+
+    text: str
+    query_weight: float
+    passage_weight: float
+
+    @property
+    def score(self) -> float:
+        """What it adds to the lexical score: the product of its weights."""
+        return self.query_weight * self.passage_weight
+
+
+class Mark(NamedTuple):
+    """Where a passage holds what the query holds: from `start` to `end`, by its best token."""
+
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of the query and the tokens that it is made of."""
+
+    text: str
+    tokens: tuple[Token, ...]
+
+    @property
+    def weight(self) -> float:
+        """The sum of its tokens' weights."""
+        return sum(token.weight for token in self.tokens)
+
+    def shared(self, ids: Collection[int]) -> str:
+        """The word, with an ellipsis for tokens that are not among `ids`."""
+        parts = (token.text if token.id in ids else "…" for token in self.tokens)
+        return re.sub("…+", "…", "".join(parts))
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a passage shares with the query.
+
+    Attributes:
+        document: The passage.
+        tokens: The shared tokens, the largest score first. A token counts once, however often
+            query and passage repeat it.
+        words: The same by words of the query: a word, or the shared part of it, and its score.
+        marks: Places in the passage, in order; tokens that touch inside a word are one mark.
+    """
+
+    document: Document
+    tokens: tuple[SharedToken, ...]
+    words: Mapping[str, float]
+    marks: tuple[Mark, ...]
+
+    @property
+    def lexical_score(self) -> float:
+        """The sum of the tokens' scores."""
+        return sum(token.score for token in self.tokens)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """A query and its matches in passages; a notebook shows it as a table of marked passages.
+
+    Attributes:
+        query: The query, behind the instruction that the embeddings put in front of it.
+        words: The query's words with the weights of their tokens.
+        passages: One match per passage, in the order of the passages.
+    """
+
+    query: str
+    words: tuple[Word, ...]
+    passages: tuple[Match, ...]
+
+    def strong_marks(self, match: Match) -> list[Mark]:
+        """Marks of a passage without those that are faint beside the strongest of all passages."""
+        return [mark for mark in match.marks if mark.score >= _FAINTEST * self._strongest]
+
+    def to_html(self, labels: Sequence[str] | None = None) -> str:
+        """Write the query's words and the marked passages as a fragment of HTML.
+
+        Args:
+            labels: What to call the passages; None: their number and `metadata["source"]`.
+
+        Returns:
+            One `div` with its own style. All texts are escaped; long passages are cut to what
+            surrounds their marks.
+
+        Example:
+            >>> embeddings = BGEM3Embeddings(model=checkpoint)
+            >>> html = find_matches(embeddings, "equal", ["<b>equal</b> rights"]).to_html()
+            >>> "&lt;b&gt;" in html, "<b>equal" in html
+            (True, False)
+        """
+        words = "\n".join(_word_html(word, self.words) for word in self.words)
+        sources = (match.document.metadata.get("source", "") for match in self.passages)
+        numbered = (f"{n}  {source}".rstrip() for n, source in enumerate(sources, start=1))
+        sections = "\n".join(
+            self._section(match, label)
+            for match, label in zip(self.passages, labels or numbered, strict=True)
+        )
+        query = f'<div class="query">\n{words}\n</div>'
+        return f'<div class="m3-matches">{_STYLE}\n{query}\n{sections}\n</div>'
+
+    def to_page(self) -> str:
+        """Write a whole page, which needs no other file and runs no script.
+
+        Example:
+            >>> matches = find_matches(BGEM3Embeddings(model=checkpoint), "equal", ["all equal"])
+            >>> matches.to_page().splitlines()[0]
+            '<!doctype html>'
+        """
+        return _PAGE.format(title=_escape(self.query), body=self.to_html())
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    @property
+    def _strongest(self) -> float:
+        return max((mark.score for match in self.passages for mark in match.marks), default=0)
+
+    def _section(self, match: Match, label: str) -> str:
+        words = [f"{_escape(w)} {s:.2f}" for w, s in match.words.items() if s >= _SMALLEST]
+        total = f"<b>Lexical {match.lexical_score:.2f}</b>"
+        return f"""<section>
+<header><b>{_escape(label)}</b>
+<small>{_other_scores(match)}</small>
+<small>{total} = {" + ".join(words) or "no word in common"}</small></header>
+<p class="text" dir="auto">{_marked(match, self.strong_marks(match), self._strongest)}</p>
+</section>"""
+
+
+def find_matches(
+    embeddings: BGEM3Embeddings, query: str, passages: Iterable[str | Document]
+) -> Matches:
+    """Find what passages share with a query by the model's own tokens and lexical weights.
+
+    The lexical score of each passage is the one that `BGEM3Retriever` and `BGEM3Reranker` give it.
+
+    Args:
+        embeddings: The model, which needs its lexical head.
+        query: The query.
+        passages: Texts, or documents such as a retriever returns.
+
+    Returns:
+        The matches: `words` of the query, and `passages` with their shared tokens and marks.
+
+    Raises:
+        TypeError: The query or a passage is not a string.
+        ValueError: The checkpoint has no lexical head.
+
+    Example:
+        >>> from langchain_bge_dense.matches import find_matches
+        >>> embeddings = BGEM3Embeddings(model=checkpoint)
+        >>> matches = find_matches(embeddings, "equal rights", ["All have equal rights.", "Rain."])
+        >>> [word.text for word in matches.words]
+        ['equal', 'rights']
+        >>> first, second = matches.passages
+        >>> first.lexical_score > 0, second.tokens
+        (True, ())
+        >>> [first.document.page_content[start:end] for start, end, _ in first.marks]
+        ['equal', 'rights']
+    """
+    if isinstance(passages, (str, Document)):
+        msg = f"passages is one {type(passages).__name__}. Pass a list of strings or documents."
+        raise TypeError(msg)
+    passages = list(passages)
+    instruction = embeddings.query_instruction
+    [weights] = _lexical(embeddings, [query], instruction)
+    words = _words(embeddings, instruction + query, weights)
+    texts = [p.page_content if isinstance(p, Document) else p for p in passages]
+    found = zip(passages, _lexical(embeddings, texts, None), strict=True)
+    matches = (
+        _match(embeddings, words, p if isinstance(p, Document) else Document(p), held)
+        for p, held in found
+    )
+    return Matches(instruction + query, tuple(words), tuple(matches))
+
+
+def _lexical(
+    embeddings: BGEM3Embeddings, texts: list[str], instruction: str | None
+) -> list[dict[int, float]]:
+    encoding = embeddings.encode(texts, dense=False, lexical=True, instruction=instruction)
+    return encoding.lexical or []
+
+
+def _spans(embeddings: BGEM3Embeddings, text: str) -> list[tuple[int, int, int]]:
+    return embeddings._loaded().encoder.token_spans(text)  # noqa: SLF001 - ids, starts and ends
+
+
+def _words(embeddings: BGEM3Embeddings, query: str, weights: dict[int, float]) -> list[Word]:
+    groups: list[list[Token]] = []
+    last = 0
+    for token, start, end in _spans(embeddings, query):
+        part = Token(token, query[start:end] or _WORD_START, weights.get(token, 0.0))
+        inside = last == start and bool(_LETTER_PAIR.fullmatch(query, start - 1, start + 1))
+        if groups and inside:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+        last = end
+    return [Word("".join(token.text for token in group), tuple(group)) for group in groups]
+
+
+def _match(
+    embeddings: BGEM3Embeddings, words: Sequence[Word], document: Document, held: dict[int, float]
+) -> Match:
+    tokens: dict[int, SharedToken] = {}
+    scores: dict[str, float] = {}
+    for word in words:
+        new = {
+            id_: SharedToken(text, weight, held[id_])
+            for id_, text, weight in word.tokens
+            if id_ not in tokens and weight * held.get(id_, 0) > 0
+        }
+        if new:
+            name = word.shared(new)
+            scores[name] = scores.get(name, 0) + sum(token.score for token in new.values())
+        tokens |= new
+    text = document.page_content
+    places = [span for span in _spans(embeddings, text) if span[0] in tokens] if tokens else []
+    marks = _joined(text, [Mark(start, end, tokens[id_].score) for id_, start, end in places])
+    return Match(
+        document,
+        tuple(sorted(tokens.values(), key=lambda token: -token.score)),
+        dict(sorted(scores.items(), key=lambda item: -item[1])),
+        tuple(marks),
+    )
+
+
+def _joined(text: str, marks: Iterable[Mark]) -> list[Mark]:
+    """Join marks that touch inside what is written without a blank, such as a part number.
+
+    Chinese is written so from end to end, and not joined. A mark ends in letters or digits:
+    punctuation is marked between other marks alone.
+    """
+    joined: list[Mark] = []
+    for mark in marks:
+        last = joined[-1] if joined else None
+        if last and _touch(text, last, mark):
+            joined[-1] = Mark(last.start, max(last.end, mark.end), max(last.score, mark.score))
+        else:
+            joined.append(mark)
+    return [Mark(*ends, mark.score) for mark in joined if (ends := _bare(text, mark))]
+
+
+def _touch(text: str, before: Mark, after: Mark) -> bool:
+    edge = after.start
+    return before.end > edge or (
+        before.end == edge and bool(_UNBROKEN_PAIR.fullmatch(text, edge - 1, edge + 1))
+    )
+
+
+def _bare(text: str, mark: Mark) -> tuple[int, int] | None:
+    """Ends of a mark without punctuation around it; None where there is nothing else."""
+    found = re.search(r"\w(?:.*\w)?", text[mark.start : mark.end], re.DOTALL)
+    return (mark.start + found.start(), mark.start + found.end()) if found else None
+
+
+def _escape(text: str) -> str:
+    return escape_html(_CONTROL.sub("\ufffd", text))
+
+
+def _other_scores(match: Match) -> str:
+    """The scores that a retriever or reranker left in the metadata."""
+    scores = {
+        name: value
+        for name in SCORES
+        if name != "lexical" and (value := match.document.metadata.get(score_key(name))) is not None
+    }
+    return " · ".join(f"{_escape(name.capitalize())} {value:.2f}" for name, value in scores.items())
+
+
+def _word_html(word: Word, words: Iterable[Word]) -> str:
+    largest = max(token.weight for each in words for token in each.tokens)
+    tokens = "".join(
+        f'<span class="token">{_mark_html(text, weight, largest)}<small>{weight:.2f}</small></span>'
+        for _, text, weight in word.tokens
+    )
+    return f'<span class="word">{tokens}</span>'
+
+
+def _marked(match: Match, marks: Sequence[Mark], strongest: float) -> str:
+    """A passage with marks, cut to what surrounds them."""
+    text, end, parts = match.document.page_content, 0, []
+    for mark in marks:
+        parts.append(_escape(_cut(text[end : mark.start], before=end > 0, after=True)))
+        parts.append(_mark_html(text[mark.start : mark.end], mark.score, strongest))
+        end = mark.end
+    return "".join([*parts, _escape(_cut(text[end:], before=True, after=False))])
+
+
+def _cut(text: str, *, before: bool, after: bool) -> str:
+    """Shorten a text between marks to what follows the mark before and leads to the mark after."""
+    if len(text) <= _CONTEXT * (before + after) + _CONTEXT:
+        return text
+    head = re.sub(r"\s\S{0,20}$", "", text[:_CONTEXT]) if before else ""
+    tail = re.sub(r"^\S{0,20}\s", "", text[-_CONTEXT:]) if after else ""
+    return f"{head} … {tail}"
+
+
+def _mark_html(text: str, score: float, strongest: float) -> str:
+    strength = score / strongest if strongest else 0
+    return f'<mark style="--strength: {strength:.2f}">{_escape(text)}</mark>'

@@ -1,0 +1,159 @@
+"""Any order of changes and searches against a plain dictionary with scores by brute force."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pytest
+from chroma_server import ChromaServer
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from langchain_core.documents import Document
+from langchain_core.indexing import InMemoryRecordManager, index
+
+from langchain_bge_dense import BGEM3Retriever
+from langchain_bge_dense.chroma import compact, index_documents, open_chroma
+
+if TYPE_CHECKING:
+    from langchain_bge_dense import BGEM3Embeddings
+
+WORDS = ["free", "equal", "rights", "vector", "query", "passage"]
+TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
+IDS = st.sampled_from("abcdef")
+DOCUMENTS = st.dictionaries(IDS, TEXTS, min_size=1, max_size=4)
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """A hybrid store, and the texts by id that it has to hold."""
+
+    embeddings: ClassVar[BGEM3Embeddings]
+    place: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = None if self.place else Path(tempfile.mkdtemp())
+        self.model: dict[str, str] = {}
+        self.indexed: set[str] = set()
+        self.records = InMemoryRecordManager("any")
+        self.records.create_schema()
+
+    @initialize()
+    def begin(self) -> None:
+        self.store = self.opened()
+        self.store.reset_collection()
+
+    def opened(self):
+        place = self.place or {"persist_directory": self.folder}
+        return open_chroma(self.embeddings, "any-order", lexical=True, **place)
+
+    @rule(documents=DOCUMENTS)
+    def add(self, documents: dict[str, str]) -> None:
+        self.store.add_texts(list(documents.values()), ids=list(documents))
+        self.model |= documents
+
+    @rule(documents=DOCUMENTS)
+    def add_by_index_documents(self, documents: dict[str, str]) -> None:
+        new = {k: v for k, v in documents.items() if self.model.get(k) != v}
+        done = index_documents(self.store, [Document(v, id=k) for k, v in documents.items()])
+        assert (done.added, done.skipped) == (len(new), len(documents) - len(new))
+        self.model |= documents
+
+    @rule(documents=DOCUMENTS)
+    def update(self, documents: dict[str, str]) -> None:
+        self.store.update_documents(list(documents), list(map(Document, documents.values())))
+        self.model |= {k: v for k, v in documents.items() if k in self.model}
+
+    @rule(ids=st.sets(IDS))
+    def delete(self, ids: set[str]) -> None:
+        self.store.delete(sorted(ids))
+        self.model = {k: v for k, v in self.model.items() if k not in ids}
+
+    @rule(texts=st.sets(TEXTS, min_size=1, max_size=3))
+    def langchain_index(self, texts: set[str]) -> None:
+        before = set(self.store.get()["ids"])
+        documents = [Document(text, metadata={"source": text}) for text in sorted(texts)]
+        options = {"cleanup": "full", "source_id_key": "source", "key_encoder": "sha256"}
+        index(documents, self.records, self.store, **options)
+        stored = self.store.get()
+        after = dict(zip(stored["ids"], stored["documents"], strict=True))
+        kept = {k: v for k, v in self.model.items() if k not in self.indexed}
+        self.indexed = after.keys() - kept.keys()
+        assert {after[k] for k in self.indexed} == texts
+        assert before - after.keys() <= self.model.keys()
+        self.model = {**kept, **{k: after[k] for k in self.indexed}}
+
+    @rule()
+    def compact(self) -> None:
+        assert compact(self.store).passages == len(self.model)
+
+    @rule()
+    def open_again(self) -> None:
+        self.store.close()
+        self.store = self.opened()
+
+    @precondition(lambda self: hasattr(self, "store"))
+    @invariant()
+    def holds_the_documents(self) -> None:
+        found = self.store.get()
+        assert dict(zip(found["ids"], found["documents"], strict=True)) == self.model
+
+    @rule(query=TEXTS)
+    def search(self, query: str) -> None:
+        dense, lexical = self.brute_force(query)
+        nearest = self.store.similarity_search_with_score(query, k=100)
+        assert {d.id: pytest.approx(1 - score, abs=1e-3) for d, score in nearest} == dense
+        retriever = BGEM3Retriever(vectorstore=self.store, k=100, scores=True)
+        found = {d.id: d.metadata for d in retriever.invoke(query)}
+        assert {k: pytest.approx(m["bge_m3_dense_score"], abs=1e-3) for k, m in found.items()} == (
+            dense
+        )
+        assert {
+            k: pytest.approx(m["bge_m3_lexical_score"], abs=1e-3) for k, m in found.items()
+        } == lexical
+        by_words = BGEM3Retriever(vectorstore=self.store, k=3, weights=(0, 1, 0), scores=True)
+        ranked = [d.metadata["bge_m3_lexical_score"] for d in by_words.invoke(query)]
+        best = sorted(lexical.values(), reverse=True)[:3]
+        np.testing.assert_allclose(ranked, best, atol=1e-3)
+
+    def brute_force(self, query: str) -> tuple[dict[str, float], dict[str, float]]:
+        asked = self.embeddings.encode([query], lexical=True)
+        rows = self.embeddings.encode(list(self.model.values()), lexical=True)
+        dense = dict(zip(self.model, (rows.dense @ asked.dense[0]).tolist(), strict=True))
+        [words] = asked.lexical
+        lexical = {
+            passage: sum(words[t] * row[t] for t in words.keys() & row.keys())
+            for passage, row in zip(self.model, rows.lexical, strict=True)
+        }
+        return dense, lexical
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+        if self.folder:
+            shutil.rmtree(self.folder)
+
+
+def run(machine: type[AnyOrder], examples: int) -> None:
+    options = settings(
+        max_examples=examples,
+        stateful_step_count=15,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    machine.TestCase.settings = options
+    machine.TestCase("runTest").runTest()
+
+
+def test_local(tiny):
+    run(type("Local", (AnyOrder,), {"embeddings": tiny}), 15)
+
+
+def test_on_a_server(tiny, tmp_path):
+    with ChromaServer(tmp_path / "server") as server:
+        place = {"host": server.host, "port": server.port}
+        run(type("Server", (AnyOrder,), {"embeddings": tiny, "place": place}), 6)

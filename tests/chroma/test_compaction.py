@@ -1,0 +1,140 @@
+"""`compact`: what is left in the files, and kills in the middle of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hashed_embeddings import HashedEmbeddings
+from langchain_core.documents import Document
+
+from langchain_bge_dense import BGEM3Retriever
+from langchain_bge_dense.chroma import compact, index_documents, open_chroma
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def document(number: int, round_: int) -> Document:
+    return Document(f"passage {number} of round {round_}", id=str(number), metadata={"n": number})
+
+
+def test_fifty_rounds_of_replacing_a_fifth(tmp_path):
+    count, embeddings = 1_200, HashedEmbeddings(64)
+    latest = [document(number, 0) for number in range(count)]
+    with open_chroma(embeddings, persist_directory=tmp_path / "old") as store:
+        index_documents(store, latest)
+        for round_ in range(1, 51):
+            chosen = range(round_ % 5, count, 5)
+            store.delete([str(number) for number in chosen])
+            for number in chosen:
+                latest[number] = document(number, round_)
+            store.add_documents([latest[number] for number in chosen])
+        before = size(tmp_path / "old")
+        done = compact(store)
+        assert done.bytes_before == before
+        assert done.bytes_after == size(tmp_path / "old")
+        assert done.freed == before - done.bytes_after > 0
+        assert done.passages == count
+        found = store.get(include=["documents", "embeddings"])
+        assert sorted(found["documents"]) == sorted(d.page_content for d in latest)
+        assert len(store.similarity_search("passage", k=count)) == count
+    with open_chroma(embeddings, persist_directory=tmp_path / "new") as store:
+        index_documents(store, latest)
+    assert size(tmp_path / "old") <= 1.2 * size(tmp_path / "new")
+
+
+def test_nothing_of_a_deleted_passage_is_in_any_file(tiny, tmp_path):
+    store = open_chroma(tiny, persist_directory=tmp_path, lexical=True)
+    texts = [f"secretive wording {number} of the annual report" for number in range(1_100)]
+    index_documents(store, [Document(text, id=text[-40:]) for text in texts[:1_050]])
+    deleted, kept = texts[:30], texts[30:1_050]
+    ids = [text[-40:] for text in deleted]
+    vectors = store.get(ids=ids, include=["embeddings"])["embeddings"]
+    store.delete(ids)
+    compact(store)
+    contents = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert kept[0].encode() in contents
+    for text, vector in zip(deleted, np.asarray(vectors, np.float32), strict=True):
+        assert text.encode() not in contents
+        assert vector.tobytes() not in contents
+    assert sorted(store.get()["documents"]) == sorted(kept)
+    retriever = BGEM3Retriever(vectorstore=store, k=2, weights=(0, 1, 0), scores=True)
+    assert retriever.invoke(kept[0])[0].metadata["bge_m3_lexical_score"] > 0
+    assert len(store._passages.weights) == len(kept)
+    assert store._passages.weights.collection().count() == 1
+    index_documents(store, [Document("more")])
+    assert len(store._passages.weights.collection().get()["ids"]) == 2
+
+
+def test_documents_without_metadata_and_an_empty_store(tmp_path):
+    store = open_chroma(HashedEmbeddings(), persist_directory=tmp_path)
+    assert compact(store).passages == 0
+    index_documents(store, [Document("bare"), Document("", metadata={"k": [1, 2]})])
+    before = store.get()
+    assert compact(store).passages == 2
+    assert store.get() == before
+    assert store._collection.metadata["embedding_dimension"] == 8
+    assert store._collection.configuration_json["hnsw"]["space"] == "cosine"
+
+
+KILLED = """
+import os, signal, sys
+from hashed_embeddings import HashedEmbeddings
+from chromadb.api.models.Collection import Collection
+from chromadb.api.client import Client
+from langchain_bge_dense.chroma import compact, open_chroma
+
+def dying(cls, name, at):
+    method, calls = getattr(cls, name), []
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(*args, **kwargs)
+    setattr(cls, name, call)
+
+store = open_chroma(HashedEmbeddings(), "notes", persist_directory=sys.argv[1])
+dying({"Collection": Collection, "Client": Client}[sys.argv[2]], sys.argv[3], int(sys.argv[4]))
+compact(store)
+"""
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("Collection", "upsert", "2"),
+        ("Collection", "modify", "1"),
+        ("Client", "delete_collection", "2"),
+        ("Collection", "modify", "2"),
+    ],
+)
+def test_killed_at_any_step(tmp_path, moment):
+    documents = [Document(str(number)) for number in range(2_100)]
+    with open_chroma(HashedEmbeddings(), "notes", persist_directory=tmp_path) as store:
+        index_documents(store, documents)
+        store.delete(store.get()["ids"][:100])
+        before = store.get()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path, *moment], env=environment, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    with open_chroma(HashedEmbeddings(), "notes", persist_directory=tmp_path) as store:
+        found = store.get()
+        assert dict(zip(found["ids"], found["documents"], strict=True)) == dict(
+            zip(before["ids"], before["documents"], strict=True)
+        )
+        assert len(store.similarity_search("1", k=2_000)) == 2_000
+        assert compact(store).passages == 2_000
+        names = [c.name for c in store._passages.connection.client.list_collections()]
+        assert names == ["notes"]
