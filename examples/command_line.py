@@ -1,4 +1,4 @@
-"""Options, prompt and errors that the examples share. Knows no model and no documents."""
+"""What the examples share: options, the model, notes on a terminal, the prompt, and errors."""
 
 from __future__ import annotations
 
@@ -10,26 +10,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chromadb.errors import ChromaError
-from terminal import complain, read_line, say
+from display import console, plain, wrap
+from rich.text import Text
+from tqdm import tqdm
+
+from langchain_bge_dense import BGEM3Embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
+
+logger = logging.getLogger(__name__)
 
 # What goes wrong without a mistake in a program: no model, no network, a folder in use...
 EXPECTED = (OSError, RuntimeError, ValueError, ImportError, ChromaError)
 
 
-def options(description: str, k: int = 4) -> argparse.ArgumentParser:
-    """Give a parser that knows the model, the documents, the database and the question."""
+def model_options(description: str) -> argparse.ArgumentParser:
+    """Make a parser for the model and what to log."""
     parser = argparse.ArgumentParser(description=description)
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", default="BAAI/bge-m3", help="hub id or folder of a checkpoint")
     model.add_argument("--small", action="store_true", help="a small model, English only")
+    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning"])
+    return parser
+
+
+def search_options(description: str, k: int = 4) -> argparse.ArgumentParser:
+    """Make a parser for the model, the documents, the database and the question."""
+    parser = model_options(description)
     parser.add_argument("--documents", type=Path, help="folder to search (default: the handbook)")
     parser.add_argument("--db", type=Path, help="folder of the database (default: in the cache)")
     parser.add_argument("-k", type=int, default=k, help=f"passages per question (default: {k})")
     parser.add_argument("--query", help="one question (default: a prompt)")
-    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning"])
     return parser
 
 
@@ -43,9 +55,23 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(msg)
 
 
-def ask(answer: Callable[[str], None], query: str | None, questions: Iterable[str]) -> None:
+def find_model(args: argparse.Namespace) -> BGEM3Embeddings:
+    """Find the model that the options name; it is loaded with the first text."""
+    if args.small:
+        from small_model import build
+
+        return BGEM3Embeddings(model=str(build()))
+    embeddings = BGEM3Embeddings(model=args.model)
+    try:
+        _ = embeddings.dimension  # reads what is here, or downloads it
+    except (OSError, ValueError) as error:
+        msg = f"{error} Or try --small, which needs no download."
+        raise ValueError(msg) from error
+    return embeddings
+
+
+def ask(answer: Callable[[str], None], query: str | None, questions: Sequence[str]) -> None:
     """Answer one question, all that are asked on a terminal, or else the built-in ones."""
-    questions = tuple(questions)
     if query is None and sys.stdin.isatty():
         converse(answer, questions[0])
         return
@@ -55,34 +81,65 @@ def ask(answer: Callable[[str], None], query: str | None, questions: Iterable[st
 
 
 def converse(answer: Callable[[str], None], example: str) -> None:
-    """Answer questions until an empty line, Ctrl-D or Ctrl-C."""
+    """Answer questions until an empty line, Ctrl-D or Ctrl-C; errors do not end it."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() its history and arrow keys
-    print(f'Ask a question, such as "{example}" An empty line ends it.')
+    say(f'Ask a question, such as "{example}" An empty line ends it.')
     while question := read_line():
-        answer_or_complain(answer, question)
+        try:
+            answer(question)
+        except EXPECTED as error:  # noqa: PERF203
+            complain(error)
 
 
-def answer_or_complain(answer: Callable[[str], None], question: str) -> None:
-    """Answer; what goes wrong with one question does not end the conversation."""
+def read_line() -> str:
+    """Read a line from the prompt; an empty one at Ctrl-D and Ctrl-C."""
     try:
-        answer(question)
-    except EXPECTED as error:
-        complain(error)
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
 
 
-def exit_status(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run an example; what can be expected to go wrong is said in one line."""
+def say(line: str) -> None:
+    """Print a note about what is going on, apart from the results."""
+    out = console(stderr=True)
+    text = Text(plain(line))
+    with tqdm.external_write_mode(sys.stderr):  # a progress bar makes way
+        out.print(*(wrap(text, out.width) if out.is_terminal else [text]), sep="\n", soft_wrap=True)
+
+
+def complain(error: BaseException) -> None:
+    """Say what went wrong in one line; --log-level debug adds where."""
+    logger.debug("Where it happened:", exc_info=error)
+    say(f"Error: {error}")
+
+
+class NoteHandler(logging.Handler):
+    """Logs as notes are printed."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).splitlines():
+            say(line)
+
+
+def exit_status(
+    run: Callable[[argparse.Namespace], None],
+    args: argparse.Namespace,
+    *expected: type[Exception],
+) -> int:
+    """Run an example; what can be `EXPECTED` to go wrong, or is named, is said in one line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # not every terminal knows Chinese
-    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s: %(message)s")
+    form = "%(levelname)s: %(message)s"
+    logging.basicConfig(level=args.log_level.upper(), format=form, handlers=[NoteHandler()])
     logging.getLogger("pypdf").setLevel(logging.ERROR)
     try:
         run(args)
     except KeyboardInterrupt:
-        say("\nStopped; what has been indexed is kept.")
+        say("Stopped; what has been indexed is kept.")
         return 130
-    except EXPECTED as error:
+    except (*EXPECTED, *expected) as error:
         complain(error)
         return 2
     return 0

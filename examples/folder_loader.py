@@ -1,6 +1,6 @@
 """A LangChain loader for a folder of .md, .txt, .csv, .json, .html and .pdf files.
 
-Knows files and their formats. Knows no model, no splitting and no vector store.
+It takes the place of the loaders of langchain-community, which is no longer maintained.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import zlib
 from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bs4 import BeautifulSoup
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
+from markdownify import MarkdownConverter
 from pypdf import PdfReader
 from pypdf.errors import DependencyError, DeprecationError, PyPdfError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+Pieces: TypeAlias = "Iterator[tuple[str, dict[str, Any]]]"  # texts and their metadata
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +41,8 @@ PDF_ERRORS = (
     *(struct.error, zlib.error),
 )
 
-UNSEEN = ["head", "title", "script", "style", "template", "noscript"]
-HEADINGS = ["h1", "h2", "h3", "h4", "h5", "h6"]
-BLOCKS = [
-    *("p", "br", "pre", "blockquote", "li", "dt", "dd", "tr"),
-    *("caption", "figcaption", "div", "section"),
-]
-BLOCK_EDGE = "\x1e"
+UNSEEN = ["script", "style", "template", "noscript"]
+UNMARKED = ["a", "b", "code", "em", "i", "img", "strong"]  # text that stands without Markdown
 
 
 class FolderLoader(BaseLoader):
@@ -55,13 +53,7 @@ class FolderLoader(BaseLoader):
     `pointer`. Hidden files, and files of other types, are left out.
 
     Attributes:
-        folder: Where to read.
         failed: Path below the folder to reason, for each file that the last run could not read.
-
-    Example:
-        >>> loader = FolderLoader("examples/documents")
-        >>> next(loader.lazy_load()).metadata
-        {'source': 'en/bge-m3.md'}
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -69,16 +61,7 @@ class FolderLoader(BaseLoader):
         self.failed: dict[str, str] = {}
 
     def lazy_load(self) -> Iterator[Document]:
-        """Read the files one after the other.
-
-        Yields:
-            Documents with text in them. A file that cannot be read is logged as a warning, noted in
-            `failed`, and passed over.
-
-        Raises:
-            NotADirectoryError: If the folder is not there.
-            ValueError: If no file in it gave a document.
-        """
+        """Read one file after the other; one that fails is a warning and stands in `failed`."""
         if not self.folder.is_dir():
             msg = f"There is no folder {self.folder}. Give the folder that holds the documents."
             raise NotADirectoryError(msg)
@@ -108,10 +91,8 @@ class FolderLoader(BaseLoader):
             logger.info("%d files of other types left out: %s", skipped.total(), kinds)
 
     def _files(self) -> Iterator[Path]:
-        def report(error: OSError) -> None:
-            self._report(Path(error.filename), error)
-
-        for folder, subfolders, names in os.walk(self.folder, onerror=report):
+        walk = os.walk(self.folder, onerror=lambda e: self._report(Path(e.filename), e))
+        for folder, subfolders, names in walk:
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
@@ -120,14 +101,14 @@ class FolderLoader(BaseLoader):
         documents = 0
         try:
             converted = CONVERTERS[path.suffix.lower()](path) if path.stat().st_size else ()
-            for text, place in converted:
+            for text, details in converted:
                 if text.strip():
                     documents += 1
-                    yield Document(_storable(text), metadata={"source": source, **place})
+                    yield Document(_storable(text), metadata={"source": source, **details})
         except UNREADABLE as error:
             self._report(path, error, documents)
 
-    def _report(self, path: Path, error: BaseException, documents: int = 0) -> None:
+    def _report(self, path: Path, error: Exception, documents: int = 0) -> None:
         source, reason = self._source(path), _reason(error)
         self.failed[source] = reason
         kept = f"; what comes before ({documents} documents) is kept" if documents else ""
@@ -137,7 +118,7 @@ class FolderLoader(BaseLoader):
         return _storable(path.relative_to(self.folder).as_posix())
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         byte = error.object[error.start]
         return f"it is not UTF-8 (byte {byte:#04x}); save it as UTF-8"
@@ -151,11 +132,11 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _whole_text(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _whole_text(path: Path) -> Pieces:
     yield path.read_text(encoding="utf-8-sig"), {}
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(path: Path) -> Pieces:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])
@@ -163,7 +144,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield _lines(zip_longest(header, cells, fillvalue="")), {"row": number}
 
 
-def _json_items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_items(path: Path) -> Pieces:
     data = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(data, list):
         yield _json_text(data), {}
@@ -184,45 +165,36 @@ def _lines(pairs: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"{name}: {value}" if name else value for name, value in pairs if value)
 
 
-def _html_text(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _html_text(path: Path) -> Pieces:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # XHTML is read as HTML on purpose
         soup = BeautifulSoup(path.read_bytes(), "html.parser")
-    title = " ".join(soup.title.get_text().split()) if soup.title else ""
+    title = " ".join(soup.title.extract().get_text().split()) if soup.title else ""
     for tag in soup(UNSEEN):
         tag.decompose()
-    for heading in soup(HEADINGS):
-        heading.insert(0, "#" * int(heading.name[1]) + " ")  # as in Markdown
-    for tag in soup(HEADINGS + BLOCKS):
-        tag.insert_before(BLOCK_EDGE)
-        tag.insert_after(BLOCK_EDGE)
-    for cell in soup(["td", "th"]):
-        cell.append(" ")
-    blocks = (" ".join(block.split()) for block in soup.get_text().split(BLOCK_EDGE))
-    yield "\n\n".join(block for block in blocks if block), {"title": title} if title else {}
+    converter = MarkdownConverter(
+        heading_style="ATX", strip=UNMARKED, escape_asterisks=False, escape_underscores=False
+    )
+    yield converter.convert_soup(soup.body or soup).strip(), {"title": title} if title else {}
 
 
-def _pdf_pages(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _pdf_pages(path: Path) -> Pieces:
     empty = True
-    for number, text in enumerate(_pdf_texts(path), start=1):
-        empty = empty and not text.strip()
-        yield text, {"page": number}
+    try:
+        with path.open("rb") as file:
+            for number, page in enumerate(PdfReader(file).pages, start=1):
+                text = page.extract_text()
+                empty = empty and not text.strip()
+                yield text, {"page": number}
+    except PDF_ERRORS as error:
+        msg = f"pypdf: {error}"
+        raise ValueError(msg) from error
     if empty:
         msg = "no page has text in it; scanned pages need text recognition first"
         raise ValueError(msg)
 
 
-def _pdf_texts(path: Path) -> Iterator[str]:
-    try:
-        with path.open("rb") as file:
-            for page in PdfReader(file).pages:
-                yield page.extract_text()
-    except PDF_ERRORS as error:
-        msg = f"pypdf: {error}"
-        raise ValueError(msg) from error
-
-
-CONVERTERS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
+CONVERTERS: dict[str, Callable[[Path], Pieces]] = {
     ".md": _whole_text,
     ".txt": _whole_text,
     ".csv": _csv_rows,

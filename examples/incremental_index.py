@@ -5,34 +5,31 @@ python examples/incremental_index.py notes/ --db db --small    # a small English
 
 Run it again after files have changed: passages that are as they were are not embedded again, those
 of changed files take the place of the old ones, and those of deleted files leave the collection.
-`index_documents` of langchain_bge_dense.chroma needs no record manager, but deletes nothing.
+The lexical weights of hybrid search are kept in step too. `index_documents` of
+langchain_bge_dense.chroma needs no record manager, but deletes nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chromadb.errors import ChromaError
+from command_line import exit_status, find_model, model_options
+from folder_index import split
 from folder_loader import FolderLoader
 from langchain_classic.indexes import SQLRecordManager
 from langchain_core.indexing import index
-from retriever_chain import split
-from terminal import complain
 
-from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense.chroma import open_chroma
 
 if TYPE_CHECKING:
-    from langchain_chroma import Chroma
+    import argparse
 
-EXPECTED = (OSError, RuntimeError, ValueError, ImportError, ChromaError)
+    from langchain_bge_dense.chroma import BGEM3Chroma
 
 
-def update(store: Chroma, folder: Path, db: Path) -> dict[str, Any]:
+def update(store: BGEM3Chroma, folder: Path, db: Path) -> dict[str, Any]:
     """Bring the collection up to date; gives LangChain's counts."""
     loader = FolderLoader(folder)
     passages = list(split(loader.lazy_load(), store.embeddings))
@@ -47,51 +44,28 @@ def update(store: Chroma, folder: Path, db: Path) -> dict[str, Any]:
     )
 
 
-def record_manager(store: Chroma, db: Path) -> SQLRecordManager:
+def record_manager(store: BGEM3Chroma, db: Path) -> SQLRecordManager:
     """Open the list of what a collection holds, which lies beside it."""
-    # The collection's id: one that was deleted and made anew starts with an empty list.
-    namespace = str(store._collection.id)  # noqa: SLF001
-    records = SQLRecordManager(namespace, db_url=f"sqlite:///{(db / 'records.sqlite3').resolve()}")
+    # A collection that was deleted and made anew has another uid, and starts with an empty list.
+    records = SQLRecordManager(store.uid, db_url=f"sqlite:///{(db / 'records.sqlite3').resolve()}")
     records.create_schema()
     return records
 
 
 def run(args: argparse.Namespace) -> None:
     """Open the collection and update it."""
-    if args.small:
-        from small_model import build
-
-        args.model = str(build())
-    embeddings = BGEM3Embeddings(model=args.model)
-    store = open_chroma(embeddings, args.collection, persist_directory=args.db)
+    store = open_chroma(find_model(args), args.collection, persist_directory=args.db, lexical=True)
     done = update(store, args.documents, args.db)
     counts = ("added", "updated", "skipped", "deleted")
     print(", ".join(f"{done['num_' + count]} {count}" for count in counts))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Keep a collection in step with a folder.")
+def main(arguments: list[str] | None = None) -> int:
+    parser = model_options("Keep a collection in step with a folder.")
     parser.add_argument("documents", type=Path, help="folder to index")
     parser.add_argument("--db", type=Path, required=True, help="folder of the database")
     parser.add_argument("--collection", default="documents", help="name of the collection")
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", default="BAAI/bge-m3", help="hub id or folder of a checkpoint")
-    model.add_argument("--small", action="store_true", help="a small model, English only")
-    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning"])
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the example and give the exit status."""
-    args = parse(arguments)
-    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s: %(message)s")
-    try:
-        run(args)
-    except EXPECTED as error:
-        complain(error)
-        return 2
-    return 0
+    return exit_status(run, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

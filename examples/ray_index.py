@@ -11,44 +11,40 @@ Ray starts on this machine, or takes the cluster of RAY_ADDRESS, which has to se
 
 from __future__ import annotations
 
-import argparse
 import functools
-import logging
 import shutil
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import ray
-from chromadb.errors import ChromaError
+from command_line import exit_status, find_model, model_options, say
 from langchain_core.documents import Document
+from langchain_core.utils.iter import batch_iterate
 from ray.data import Dataset
 from ray.exceptions import RayError
-from terminal import complain, say
 
-from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense.chroma import index_vectors, open_chroma
 from langchain_bge_dense.ray import embed_dataset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    import argparse
+    from collections.abc import Iterator
 
     import numpy as np
+
+    from langchain_bge_dense import BGEM3Embeddings
 
 READERS = {".parquet": ray.data.read_parquet, ".jsonl": ray.data.read_json}
 FILES_PER_JOB = 1_000  # what a crash costs at most
 INPUTS, FINGERPRINT = "inputs.txt", "fingerprint.txt"
 
-EXPECTED = (OSError, RuntimeError, ValueError, ImportError, ChromaError, RayError)
-
 
 def embed_folder(args: argparse.Namespace, embeddings: BGEM3Embeddings) -> None:
     """Compute the vectors that are missing, some files at a time."""
-    claim(args.vectors, embeddings.fingerprint)
-    todo = iter(pending(args.documents, args.vectors))
-    while files := list(islice(todo, FILES_PER_JOB)):
+    check_model(args.vectors, embeddings.fingerprint)
+    for files in batch_iterate(FILES_PER_JOB, pending(args.documents, args.vectors)):
         say(f"Embedding {len(files)} files.")
         datasets = [
             read([str(file) for file in files if file.suffix == suffix])
@@ -69,7 +65,7 @@ def embed_folder(args: argparse.Namespace, embeddings: BGEM3Embeddings) -> None:
         unfinished.rename(part)
 
 
-def claim(vectors: Path, fingerprint: str) -> None:
+def check_model(vectors: Path, fingerprint: str) -> None:
     """Keep the vectors of one model in one folder."""
     vectors.mkdir(parents=True, exist_ok=True)
     file = vectors / FINGERPRINT
@@ -100,13 +96,12 @@ def pending(documents: Path, vectors: Path) -> list[Path]:
     done = {line for part in parts(vectors) for line in (part / INPUTS).read_text().splitlines()}
     names = {line.split("\t")[0] for line in done}
     todo = [file for file in files if stamp(file) not in done]
-    for file in todo:
-        if file.name in names:
-            msg = (
-                f"{file} has changed since its vectors were computed. "
-                "Put new rows into a new file, or take a new folder with --vectors."
-            )
-            raise ValueError(msg)
+    if changed := [file for file in todo if file.name in names]:
+        msg = (
+            f"{changed[0]} has changed since its vectors were computed. "
+            "Put new rows into a new file, or take a new folder with --vectors."
+        )
+        raise ValueError(msg)
     return todo
 
 
@@ -115,37 +110,26 @@ def rows(vectors: Path, text_column: str) -> Iterator[tuple[Document, np.ndarray
     for file in (file for part in parts(vectors) for file in sorted(part.glob("*.parquet"))):
         for batch in pq.ParquetFile(file).iter_batches(1_000):
             good = batch.filter(batch.column("error").is_null())
-            report(set(batch.column("error").drop_null().to_pylist()), len(batch) - len(good))
+            if reasons := batch.column("error").drop_null().to_pylist():
+                say(f"Rows without a vector: {len(reasons)}. {' '.join(sorted(set(reasons)))}")
             numbers = good.column("vector").flatten().to_numpy().reshape(len(good), -1)  # (N, D)
             others = good.drop_columns(["vector", "error"]).to_pylist()
             for row, vector in zip(others, numbers, strict=True):
                 yield Document(row.pop(text_column), metadata=row), vector
 
 
-def report(reasons: Iterable[str], count: int) -> None:
-    """Say which rows have no vector."""
-    if count:
-        say(f"Rows without a vector: {count}. {' '.join(sorted(reasons))}")
-
-
 def run(args: argparse.Namespace) -> None:
     """Embed what is new, and store what the collection lacks."""
-    if args.small:
-        from small_model import build
-
-        args.model = str(build())
-    embeddings = BGEM3Embeddings(model=args.model)
+    embeddings = find_model(args)
     store = open_chroma(embeddings, args.collection, host=args.host, port=args.port)
     embed_folder(args, embeddings)
-    fingerprint = (args.vectors / FINGERPRINT).read_text()
     embedded = rows(args.vectors, args.text_column)
-    done = index_vectors(store, embedded, fingerprint=fingerprint, show_progress=True)
+    done = index_vectors(store, embedded, fingerprint=embeddings.fingerprint, show_progress=True)
     print(f"{done.added} passages added, {done.skipped} were there.")
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Embed a folder of tables into a Chroma server.")
+def main(arguments: list[str] | None = None) -> int:
+    parser = model_options("Embed a folder of tables into a Chroma server.")
     parser.add_argument("documents", type=Path, help="folder of .parquet and .jsonl files")
     parser.add_argument("--vectors", type=Path, required=True, help="folder for the vectors")
     parser.add_argument("--text-column", default="text", help="column with the texts")
@@ -153,23 +137,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="localhost", help="of the Chroma server")
     parser.add_argument("--port", type=int, default=8000, help="of the Chroma server")
     parser.add_argument("--concurrency", type=int, help="models at once (default: one per GPU)")
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", default="BAAI/bge-m3", help="hub id or folder of a checkpoint")
-    model.add_argument("--small", action="store_true", help="a small model, English only")
-    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning"])
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the example and give the exit status."""
-    args = parse(arguments)
-    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s: %(message)s")
-    try:
-        run(args)
-    except EXPECTED as error:
-        complain(error)
-        return 2
-    return 0
+    return exit_status(run, parser.parse_args(arguments), RayError)
 
 
 if __name__ == "__main__":

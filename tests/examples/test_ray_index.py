@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from chroma_server import ChromaServer
 from langchain_core.documents import Document
-from ray_index import INPUTS, claim, pending, stamp
+from ray_index import INPUTS, check_model, pending, stamp
 
 from langchain_bge_dense.chroma import index_documents, open_chroma
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "ray_index.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "ray_index.py"
 
 
 def lines(first: int, last: int) -> list[dict]:
@@ -93,7 +93,7 @@ def test_a_folder_without_tables(tmp_path):
 
 
 def test_vectors_of_another_model_are_refused(tmp_path):
-    claim(tmp_path / "vectors", "one")
-    claim(tmp_path / "vectors", "one")
+    check_model(tmp_path / "vectors", "one")
+    check_model(tmp_path / "vectors", "one")
     with pytest.raises(ValueError, match=r"holds vectors of one\. Give another folder"):
-        claim(tmp_path / "vectors", "another")
+        check_model(tmp_path / "vectors", "another")

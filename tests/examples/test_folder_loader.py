@@ -10,7 +10,7 @@ import pytest
 from folder_loader import FolderLoader
 from pypdf import PdfWriter
 
-HANDBOOK = Path(__file__).parent.parent / "examples" / "documents"
+HANDBOOK = Path(__file__).parents[2] / "examples" / "documents"
 PDF = HANDBOOK / "en" / "speed-and-memory.pdf"
 
 
@@ -56,7 +56,9 @@ def test_html_gives_its_title_and_its_visible_text(tmp_path):
       word,<br>broken.</p><table><tr><th>k</th><th>v</th></tr><tr><td>1</td><td>2</td></tr></table>
       <script>alert(1)</script></body></html>"""
     documents, _ = load(tmp_path, a_html=page)
-    assert documents[0].page_content == "# Head\n\nOne bold word,\n\nbroken.\n\nk v\n\n1 2"
+    assert documents[0].page_content == (
+        "# Head\n\nOne bold\nword,  \nbroken.\n\n| k | v |\n| --- | --- |\n| 1 | 2 |"
+    )
     assert documents[0].metadata == {"source": "a.html", "title": "A page"}
 
 

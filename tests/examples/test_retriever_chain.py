@@ -16,25 +16,12 @@ from typing import NamedTuple
 import pytest
 import retriever_chain
 from command_line import converse
-from hypothesis import given
-from hypothesis import strategies as st
+from folder_index import HANDBOOK, SECTION, sections, split
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel, SimpleChatModel
 from langchain_core.runnables import RunnableLambda
-from retriever_chain import (
-    HANDBOOK,
-    QUESTIONS,
-    answer_chain,
-    answerer,
-    load_chat_model,
-    main,
-    scored_retriever,
-    split,
-)
+from retriever_chain import QUESTIONS, answer_chain, answerer, load_chat_model, main
 from small_model import default_folder
-from terminal import cells, place, wrap
-
-from langchain_bge_dense.chroma import open_chroma
 
 ENGLISH = HANDBOOK / "en"
 SCRIPT = Path(retriever_chain.__file__)
@@ -260,8 +247,8 @@ class Echo(SimpleChatModel):
 
 
 PASSAGES = [
-    Document("one", metadata={"source": "a.pdf", "page": 2, "score": 0.5}),
-    Document("two", metadata={"source": "b.csv", "row": 7, "score": 0.4}),
+    Document("one", metadata={"source": "a.pdf", "page": 2, "bge_m3_dense_score": 0.5}),
+    Document("two", metadata={"source": "b.csv", "row": 7, "bge_m3_dense_score": 0.4}),
 ]
 RETRIEVER = RunnableLambda(lambda _: PASSAGES)
 
@@ -284,7 +271,7 @@ def test_an_answer_is_shown_with_its_sources(capsys):
     model = FakeListChatModel(responses=["Because of l2 [1].\x1b[31m"])
     answerer(RETRIEVER, model)("why?")
     assert capsys.readouterr().out == (
-        "Because of l2 [1].[31m\n\n[1] 0.50  a.pdf, page 2\n[2] 0.40  b.csv, row 7\n\n"
+        "Because of l2 [1]. [31m\n\n[1] 0.50  a.pdf, page 2\n[2] 0.40  b.csv, row 7\n\n"
     )
 
 
@@ -294,7 +281,8 @@ def test_an_error_of_the_chat_model_does_not_end_the_conversation(monkeypatch, c
 
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     converse(answerer(RETRIEVER, RunnableLambda(fail)), "why?")
-    assert capsys.readouterr().err == "Error: No answer: LookupError: LookupError\n" * 2
+    _, *errors = capsys.readouterr().err.splitlines()
+    assert errors == ["Error: No answer: LookupError: LookupError"] * 2
 
 
 def test_the_command_line_loads_a_chat_model_and_shows_its_answer(run, monkeypatch):
@@ -318,12 +306,11 @@ def test_a_missing_provider_is_named():
         load_chat_model("openai:gpt-4o")
 
 
-def test_scores_are_cosines(small):
-    store = open_chroma(small)
-    store.add_texts(["a cat", "a train"])
-    best, other = scored_retriever(store, 2).invoke("a cat")
-    assert best.metadata["score"] == pytest.approx(1, abs=1e-5)
-    assert 0 <= other.metadata["score"] < 0.9
+def test_scores_are_cosines(run, folder, tmp_path):
+    (folder / "cat.txt").write_text("a cat")
+    ran = run("--query", "a cat", documents=folder, db=tmp_path / "db")
+    assert ran.out.startswith("> a cat\n 1  1.00  cat.txt\n")
+    assert float(re.search(r"^ 2  (\S+)", ran.out, re.MULTILINE)[1]) < 0.9
 
 
 def test_passages_fit_the_budget_and_end_at_sentences(small):
@@ -334,7 +321,7 @@ def test_passages_fit_the_budget_and_end_at_sentences(small):
     assert all(p.metadata == {"source": "a.md", "page": 3} for p in passages)
 
 
-def sections(words):
+def document_of(words):
     text = "Words about it. " * words
     part = f"## Part\n\n### Sub\n\n{text}\n\n{text}"
     return Document(f"# All\n\n{part}\n\n{part}\n\n{part}\n\n{part}")
@@ -342,33 +329,38 @@ def sections(words):
 
 @pytest.mark.parametrize("words", [5, 9, 200])
 def test_headings_stay_with_their_text(small, words):
-    passages = split([sections(words)], small)
+    passages = split([document_of(words)], small)
     assert all("Words" in passage.page_content.splitlines()[-1] for passage in passages)
 
 
 def test_sections_that_fit_are_passages(small):
-    passages = split([sections(9)], small)
+    passages = split([document_of(9)], small)
     assert [passage.page_content.count("## Part") for passage in passages] == [1, 1, 1, 1]
 
 
-def test_place():
-    document = Document("", metadata={"source": "a.json", "pointer": "/3"})
-    assert place(document) == "a.json#/3"
+@pytest.mark.parametrize("gap", ["\n\n", "\n", " ", ""])
+def test_a_large_text_is_split_section_by_section(gap):
+    text = f"word word word.{gap}" * 20_000
+    parts = list(sections(text))
+    assert len(parts) > 2
+    assert "".join(parts) == text
+    assert all(len(part) <= SECTION for part in parts)
+    assert all(part.startswith(gap) for part in parts[1:])
 
 
-WORDS = st.text(st.sampled_from("ab ，。向量é\u0301\x1b\n"), max_size=80)
+def test_a_large_file_shows_that_it_is_read(run, folder, tmp_path):
+    (folder / "large.txt").write_text("Bees make honey from nectar. " * 4_000)
+    ran = run("--query", "bees", documents=folder, db=tmp_path / "db")
+    assert "Splitting large.txt: 116,000 characters." in ran.err
 
 
-@given(WORDS, st.integers(4, 30), st.integers(1, 4))
-def test_wrapped_text_fits(text, width, lines):
-    wrapped = wrap(text, width, lines)
-    assert len(wrapped) <= lines
-    assert all(cells(line) <= width for line in wrapped)
-    whole = "".join(text.replace("\x1b", " ").split())
-    shown = "".join("".join(wrapped).split())
-    assert whole == shown or (shown.endswith("…") and whole.startswith(shown[:-1]))
-
-
-def test_wide_characters_take_two_cells():
-    assert wrap("语义检索，很好。", 8, 3) == ["语义检", "索，很", "好。"]
-    assert wrap("one two three", 8, 1) == ["one …"]
+def test_the_default_database_says_which_option_changes_it(
+    folder, tmp_path, small_checkpoint, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = ["--model", str(small_checkpoint), "--documents", str(folder), "--query", "bees"]
+    assert main(options) == 0
+    assert f"Database: {tmp_path}/cache/" in (shown := capsys.readouterr().err)
+    assert "--db" in shown
+    assert main([*options, "--db", str(tmp_path / "db")]) == 0
+    assert "Database" not in capsys.readouterr().err

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from incremental_index import main, update
 
-from langchain_bge_dense import BGEM3Embeddings
+from langchain_bge_dense import BGEM3Embeddings, M3Encoding
 from langchain_bge_dense.chroma import open_chroma
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "incremental_index.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "incremental_index.py"
 
 
 class Counting(BGEM3Embeddings):
@@ -21,9 +21,9 @@ class Counting(BGEM3Embeddings):
 
     _embedded: list[str]
 
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+    def encode(self, texts: list[str], **outputs: bool) -> M3Encoding:
         self._embedded += texts
-        return super().embed_documents(texts)
+        return super().encode(texts, **outputs)
 
 
 @pytest.fixture
@@ -51,9 +51,11 @@ def go(embeddings, folder, tmp_path):
 
     def go() -> tuple[int, int, list[str]]:
         embeddings._embedded.clear()
-        store = open_chroma(embeddings, "notes", persist_directory=tmp_path / "db")
+        store = open_chroma(embeddings, "notes", persist_directory=tmp_path / "db", lexical=True)
         done = update(store, folder, tmp_path / "db")
         assert done["num_added"] == len(embeddings._embedded)
+        store._passages.weights.sync()
+        assert len(store._passages.weights) == len(store.get()["ids"])
         sources = sorted(metadata["source"] for metadata in store.get()["metadatas"])
         return len(embeddings._embedded), done["num_deleted"], sources
 
