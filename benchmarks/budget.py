@@ -1,4 +1,4 @@
-"""Tokens per second over budgets of padded tokens per forward pass, for each backend.
+"""Tokens per second over budgets of tokens per forward pass, for each dtype.
 
 python benchmarks/budget.py --model /tmp/bge-m3-random
 """
@@ -13,31 +13,30 @@ from common import finish, machine, median_seconds, mixed_lengths, show, text_of
 from langchain_bge_dense import BGEM3Embeddings
 
 BUDGETS = (256, 512, 1_024, 2_048, 4_096, 8_192)
-RUNS = {
-    "PyTorch bfloat16": {"backend": "torch", "dtype": "bfloat16"},
-    "OpenVINO bfloat16": {"backend": "openvino", "dtype": "bfloat16"},
-    "OpenVINO int8": {"backend": "openvino", "dtype": "int8"},
-}
-CORPUS_TOKENS = 3_000
+DTYPES = {"cpu": ("float32", "bfloat16", "int8"), "cuda": ("bfloat16", "float16")}
+CORPUS_TOKENS = 6_000
 ROUNDS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a checkpoint of BGE-M3's size")
-    model = parser.parse_args().model
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtypes", nargs="+", help="default: all that suit the device")
+    arguments = parser.parse_args()
     print(machine() + "\n")
-    results = {name: rates(model, settings) for name, settings in RUNS.items()}
+    dtypes = arguments.dtypes or DTYPES[arguments.device.partition(":")[0]]
+    results = {dtype: rates(arguments.model, arguments.device, dtype) for dtype in dtypes}
     rows = [[name, *(f"{rate:,.0f}" for rate in found.values())] for name, found in results.items()]
     show(["tokens/s with a budget of", *(f"{budget:,}" for budget in BUDGETS)], rows)
     finish("budget", results)
 
 
-def rates(model: str, settings: dict[str, str]) -> dict[int, float]:
+def rates(model: str, device: str, dtype: str) -> dict[int, float]:
     """The better of the rates in some rounds, by budget."""
     # Equal settings share one loaded model.
     runs = {
-        budget: BGEM3Embeddings(model=model, device="cpu", batch_tokens=budget, **settings).load()
+        budget: BGEM3Embeddings(model=model, device=device, dtype=dtype, batch_tokens=budget).load()
         for budget in BUDGETS
     }
     count, chooser = runs[BUDGETS[0]].count_tokens, random.Random(0)

@@ -34,9 +34,26 @@ def machine() -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0].split(":", 1)[1].strip() if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    units = instructions()
     libraries = ", ".join(f"{name} {installed(name)}" for name in LIBRARIES if installed(name))
     python = f"Python {platform.python_version()}"
-    return f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB; {python}, {libraries}"
+    return f"{os.cpu_count()} cores of {model} ({units}), {memory:.0f} GiB; {python}, {libraries}"
+
+
+def instructions() -> str:
+    """The widest matrix instructions of this CPU that PyTorch may use."""
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    names = {
+        "amx_bf16": "AMX",
+        "avx512_bf16": "AVX-512 BF16",
+        "avx512_vnni": "AVX-512 VNNI",
+        "avx2": "AVX2",
+        "bf16": "Arm BF16",
+    }
+    units = [name for key, name in names.items() if found.get(key)]
+    return ", ".join(units) or platform.machine()
 
 
 def installed(name: str) -> str:
@@ -85,6 +102,22 @@ def peak_memory() -> float:
         return int(line.split()[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def forget_peak() -> None:
+    """Have `peak_memory` start anew, where the system can."""
+    file = Path("/proc/self/clear_refs")
+    if file.exists():
+        file.write_text("5")
+
+
+def resident_memory() -> float:
+    """Resident size of this process now, in GiB; where the system does not tell, the largest."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_memory()
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 2**20
 
 
 def percentile(values: Iterable[float], share: float) -> float:

@@ -93,12 +93,12 @@ def while_indexing(embeddings: Any, queries: list[str], corpus: list[str]) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a checkpoint of BGE-M3's size")
-    parser.add_argument("--backends", nargs="+", default=["torch", "openvino"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "int8"])
     arguments = parser.parse_args()
     print(machine() + "\n")
     results = {}
-    for backend in arguments.backends:
-        results[f"ours, {backend}"] = ours(arguments.model, backend)
+    for dtype in arguments.dtypes:
+        results[f"ours, {dtype}"] = ours(arguments.model, dtype)
     if installed("langchain-huggingface"):
         results["HuggingFaceEmbeddings in threads"] = huggingface(arguments.model)
     report(results)
@@ -110,8 +110,8 @@ def short_queries(embeddings: BGEM3Embeddings, chooser: random.Random) -> list[s
     return [text_of(length, embeddings.count_tokens, chooser) for length in lengths]
 
 
-def ours(model: str, backend: str) -> dict[str, Any]:
-    embeddings = BGEM3Embeddings(model=model, backend=backend, device="cpu").load()
+def ours(model: str, dtype: str) -> dict[str, Any]:
+    embeddings = BGEM3Embeddings(model=model, dtype=dtype, device="cpu").load()
     chooser = random.Random(0)
     queries = short_queries(embeddings, chooser)
     results: dict[str, Any] = {"one after another": one_after_another(embeddings, queries)}
@@ -127,7 +127,7 @@ def ours(model: str, backend: str) -> dict[str, Any]:
 def huggingface(model: str) -> dict[str, Any]:
     from langchain_huggingface import HuggingFaceEmbeddings
 
-    counter = BGEM3Embeddings(model=model, backend="torch", dtype="bfloat16")
+    counter = BGEM3Embeddings(model=model, dtype="bfloat16")
     queries = short_queries(counter, random.Random(0))[:64]
     counter.close()
     embeddings = HuggingFaceEmbeddings(model_name=model)

@@ -1,10 +1,13 @@
-"""Tokens per second and query latency of every way to run BGE-M3, on one checkpoint in one run.
+"""Tokens per second, latency and memory of every way to run BGE-M3, on one checkpoint in one run.
 
     python benchmarks/build_checkpoint.py /tmp/bge-m3-random
-    python benchmarks/encode.py --model /tmp/bge-m3-random --chart docs/encode.png
+    python benchmarks/encode.py --model /tmp/bge-m3-random --chart benchmarks/encode.png
+    python benchmarks/encode.py --model /tmp/bge-m3-random --long
+    python benchmarks/encode.py --model /tmp/bge-m3-random --device cuda
 
-Each contender runs in a process of its own, one after another, and all of them twice; the better of
-the two runs counts, as other load on the machine can only slow a run down.
+Each contender runs in a process of its own, one after another. "Cold" is the first pass over a
+corpus, with lengths that the process has not seen; "warm" is the second pass over the same one.
+Queries are all different, of 24 to 36 and of 8 to 12 tokens.
 """
 
 from __future__ import annotations
@@ -23,184 +26,243 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import finish, machine, median_seconds, mixed_lengths, peak_memory, show, text_of
+from common import (
+    finish,
+    forget_peak,
+    instructions,
+    machine,
+    mixed_lengths,
+    peak_memory,
+    resident_memory,
+    show,
+    text_of,
+)
 
 # Multiply-adds of the linear layers of BGE-M3 (24 layers, 1,024 wide), 2 FLOP each, per token.
 FLOP_PER_TOKEN = 2 * 24 * (4 * 1024**2 + 2 * 1024 * 4096)
-QUERY_TOKENS = (30, 10)
+QUERIES = {"query of 30 tokens": (24, 36), "query of 10 tokens": (8, 12)}
+QUERY_COUNT = 15
+LONG = (512, 2_048, 8_190)
+SHORT_TEXTS = 1_000  # embedded before memory is read
 
+FLAG, HUGGINGFACE = "BGEM3FlagModel", "HuggingFaceEmbeddings"
+ST_OPENVINO, ST_FLOAT16 = "sentence-transformers, OpenVINO", "sentence-transformers, float16"
+EXACT = "ours, float32"
 OURS = {
-    "ours, torch float32": {"backend": "torch", "dtype": "float32"},
-    "ours, torch bfloat16": {"backend": "torch", "dtype": "bfloat16"},
-    "ours, OpenVINO float32": {"backend": "openvino", "dtype": "float32"},
-    "ours, OpenVINO bfloat16": {"backend": "openvino", "dtype": "bfloat16"},
-    "ours, OpenVINO int8": {"backend": "openvino", "dtype": "int8"},
+    EXACT: {"dtype": "float32"},
+    "ours, bfloat16": {"dtype": "bfloat16"},
+    "ours, int8": {"dtype": "int8"},
+    "ours, float16": {"dtype": "float16"},
 }
-FLAG, HUGGINGFACE, ST_OPENVINO = (
-    "BGEM3FlagModel",
-    "HuggingFaceEmbeddings",
-    "sentence-transformers, OpenVINO",
-)
-EXACT = "ours, torch float32"
+# The OpenVINO backend that this package had up to commit 4e142fe, run with --before.
+BEFORE = {
+    f"OpenVINO backend, {dtype}": {"backend": "openvino", "dtype": dtype}
+    for dtype in ("float32", "bfloat16", "int8")
+}
+CONTENDERS = {
+    "cpu": (FLAG, HUGGINGFACE, ST_OPENVINO, EXACT, "ours, bfloat16", "ours, int8", *BEFORE),
+    "cuda": (FLAG, HUGGINGFACE, ST_FLOAT16, EXACT, "ours, bfloat16", "ours, float16"),
+}
 Embed = Callable[[list[str]], Any]
 
 
-def flag_model(model: str) -> Embed:
+def flag_model(model: str, device: str) -> Embed:
     from FlagEmbedding import BGEM3FlagModel
 
-    flag = BGEM3FlagModel(model)
-    return lambda texts: flag.encode(texts)["dense_vecs"]
+    flag = BGEM3FlagModel(model, use_fp16=device != "cpu", devices=device)
+    return lambda texts: flag.encode(texts, max_length=8_192)["dense_vecs"]
 
 
-def huggingface(model: str) -> Embed:
+def huggingface(model: str, device: str) -> Embed:
     from langchain_huggingface import HuggingFaceEmbeddings
 
-    return HuggingFaceEmbeddings(model_name=model).embed_documents
+    return HuggingFaceEmbeddings(model_name=model, model_kwargs={"device": device}).embed_documents
 
 
-def sentence_transformers_openvino(model: str) -> Embed:
+def sentence_transformers_openvino(model: str, _device: str) -> Embed:
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(model, backend="openvino").encode
 
 
-def ours(model: str, **settings: Any) -> Embed:
-    from langchain_bge_dense import BGEM3Embeddings
+def sentence_transformers_float16(model: str, device: str) -> Embed:
+    from sentence_transformers import SentenceTransformer
 
-    return BGEM3Embeddings(model=model, device="cpu", **settings).load().embed_documents
-
-
-def loader(name: str) -> Callable[[str], Embed]:
-    if name in OURS:
-        return lambda model: ours(model, **OURS[name])
-    others = {FLAG: flag_model, HUGGINGFACE: huggingface}
-    return others.get(name, sentence_transformers_openvino)
+    settings = {"torch_dtype": "float16"}
+    return SentenceTransformer(model, device=device, model_kwargs=settings).encode
 
 
-def work(name: str, model: str, texts: Path, vectors: Path) -> dict[str, float]:
+def loader(name: str, device: str) -> Callable[[str], Embed]:
+    settings = {**OURS, **BEFORE}.get(name)
+    if settings is None:
+        others = {
+            FLAG: flag_model,
+            HUGGINGFACE: huggingface,
+            ST_OPENVINO: sentence_transformers_openvino,
+            ST_FLOAT16: sentence_transformers_float16,
+        }
+        return lambda model: others[name](model, device)
+
+    def ours(model: str) -> Embed:
+        from langchain_bge_dense import BGEM3Embeddings
+
+        return BGEM3Embeddings(model=model, device=device, **settings).load().embed_documents
+
+    return ours
+
+
+def work(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """One contender's figures; runs in a process of its own."""
     warnings.simplefilter("ignore")
-    content = json.loads(texts.read_text())
+    content = json.loads((arguments.folder / "texts.json").read_text())
     start = time.perf_counter()
-    embed = loader(name)(model)
-    started = time.perf_counter() - start
-    queries = content["queries"]
-    embed(queries[:1])  # the first call of some runtimes compiles
-    figures = {
-        f"query of {tokens} tokens": median_seconds(lambda query=query: embed([query]), 7)
-        for tokens, query in zip(QUERY_TOKENS, queries, strict=True)
-    }
-    results: list[Any] = []
-    seconds = median_seconds(lambda: results.append(embed(content["corpus"])), 1)
-    figures["tokens per second"] = content["tokens"] / seconds
-    figures["start"] = started
-    figures["peak memory"] = peak_memory()
-    np.save(vectors, np.array(results[-1], dtype=np.float32))
+    embed = loader(name, arguments.device)(arguments.model)
+    figures = {"start": time.perf_counter() - start, "peak while loading": peak_memory()}
+    figures["loaded"] = resident_memory()
+    embed(content["warm-up"])  # the first call of some runtimes compiles
+    if arguments.long:
+        return {**figures, **long_texts(embed, content)}
+    for key in QUERIES:
+        figures[key] = float(np.median([seconds(embed, [query]) for query in content[key]]))
+    corpus = content["corpus"]
+    figures["cold"] = content["tokens"] / seconds(embed, corpus)
+    vectors: list[Any] = []
+    warm = seconds(lambda texts: vectors.append(embed(texts)), corpus)
+    figures["warm"] = content["tokens"] / warm
+    np.save(vectors_file(arguments.folder, name), np.array(vectors[0], dtype=np.float32))
+    if name in OURS:
+        embed(content["short"])
+        figures["after 1,000 texts"] = resident_memory()
     return figures
 
 
-def matrix_peak() -> float:
+def long_texts(embed: Embed, content: dict[str, Any]) -> dict[str, float]:
+    """Tokens per second and memory on top of the loaded model, for one text of each length."""
+    figures = {}
+    for length in LONG:
+        forget_peak()
+        before = resident_memory()
+        times = [seconds(embed, [content[str(length)]]) for _ in range(max(1, 4_096 // length))]
+        figures[f"{length:,} tokens"] = length / float(np.median(times))
+        figures[f"{length:,} tokens, memory"] = max(0.0, peak_memory() - before)
+    return figures
+
+
+def seconds(function: Callable[[list[str]], Any], texts: list[str]) -> float:
+    start = time.perf_counter()
+    function(texts)
+    return time.perf_counter() - start
+
+
+def matrix_peak(device: str) -> float:
     """Largest rate of a bfloat16 matrix product on this machine, in FLOP/s."""
     import torch
 
     rates = []
     with torch.inference_mode():
         for size in (2048, 4096):
-            a, b = torch.randn(2, size, size).bfloat16()
-            torch.mm(a, b)
-            fastest = min(median_seconds(lambda a=a, b=b: torch.mm(a, b), 1) for _ in range(8))
-            rates.append(2 * size**3 / fastest)
+            a, b = torch.randn(2, size, size).to(device, torch.bfloat16)
+            for _ in range(9):
+                start = time.perf_counter()
+                torch.mm(a, b)[0, 0].item()  # waits for the device
+                rates.append(2 * size**3 / (time.perf_counter() - start))
     return max(rates)
 
 
-def write_texts(model: str, tokens: int, file: Path) -> int:
+def write_texts(arguments: argparse.Namespace, file: Path) -> int:
     from langchain_bge_dense import BGEM3Embeddings
 
-    embeddings = BGEM3Embeddings(model=model, backend="torch", dtype="bfloat16")
+    count = BGEM3Embeddings(model=arguments.model, device="cpu").count_tokens
     chooser = random.Random(0)
-    lengths = mixed_lengths(tokens, chooser)
-    corpus = [text_of(length - 2, embeddings.count_tokens, chooser) for length in lengths]
-    queries = [text_of(length - 2, embeddings.count_tokens, chooser) for length in QUERY_TOKENS]
-    tokens = sum(embeddings.count_tokens(text) + 2 for text in corpus)
-    file.write_text(json.dumps({"corpus": corpus, "queries": queries, "tokens": tokens}))
-    return tokens
+
+    def text(length: int) -> str:
+        return text_of(length - 2, count, chooser)
+
+    content: dict[str, Any] = {"warm-up": [text(length) for length in (30, 100)]}
+    content["corpus"] = [text(length) for length in mixed_lengths(arguments.tokens, chooser)]
+    content["tokens"] = sum(count(passage) + 2 for passage in content["corpus"])
+    for key, bounds in QUERIES.items():
+        content[key] = [text(chooser.randint(*bounds)) for _ in range(QUERY_COUNT)]
+    content["short"] = [text(chooser.randint(5, 15)) for _ in range(SHORT_TEXTS)]
+    if arguments.long:
+        content |= {str(length): text(length) for length in LONG}
+    file.write_text(json.dumps(content))
+    return int(content["tokens"])
 
 
-def contenders(arguments: argparse.Namespace) -> dict[str, str]:
-    """Names and the Python that runs each."""
-    chosen = dict.fromkeys((FLAG, HUGGINGFACE, ST_OPENVINO, *OURS), sys.executable)
-    chosen[ST_OPENVINO] = arguments.openvino_python
-    return {n: p for n, p in chosen.items() if p and (not arguments.only or arguments.only in n)}
+def contenders(arguments: argparse.Namespace) -> list[str]:
+    lacking = set()
+    if arguments.openvino_python is None:
+        lacking.add(ST_OPENVINO)
+    if arguments.before is None:
+        lacking |= BEFORE.keys()
+    names = CONTENDERS[arguments.device.partition(":")[0]]
+    return [name for name in names if name not in lacking and (arguments.only or "") in name]
 
 
-def run(name: str, python: str, model: str, folder: Path) -> dict[str, float]:
-    command = [python, __file__, "--model", model, "--worker", name, "--folder", str(folder)]
+def run(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    python = arguments.openvino_python if name == ST_OPENVINO else sys.executable
+    command = [python, __file__, "--model", arguments.model, "--device", arguments.device]
+    command += ["--worker", name, "--folder", str(folder), *(["--long"] * arguments.long)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    environment["XDG_CACHE_HOME"] = str(folder)  # so that the first start converts
+    if name in BEFORE:
+        environment["PYTHONPATH"] = str(arguments.before)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def better(first: dict[str, float] | None, second: dict[str, float]) -> dict[str, float]:
-    if first is None:
-        return {
-            "first start": second["start"],
-            "first peak memory": second["peak memory"],
-            **second,
-        }
-    rate = "tokens per second"
-    best = {k: max(first[k], v) if k == rate else min(first[k], v) for k, v in second.items()}
-    return {**first, **best}
+    figures = dict(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{name}: {figures}", file=sys.stderr)
+    return figures
 
 
 def lowest_cosine(name: str, folder: Path) -> float | None:
-    if name not in (*OURS, FLAG) or not vectors_file(folder, EXACT).exists():
+    exact = vectors_file(folder, EXACT)
+    if name not in (*OURS, *BEFORE, FLAG) or not exact.exists():
         return None
-    exact = np.load(vectors_file(folder, EXACT))
-    return float((np.load(vectors_file(folder, name)) * exact).sum(axis=1).min())
+    return float((np.load(vectors_file(folder, name)) * np.load(exact)).sum(axis=1).min())
 
 
 def vectors_file(folder: Path, name: str) -> Path:
     return folder / f"{name.replace(' ', '-').replace(',', '')}.npy"
 
 
-def table(
+def speed_table(
     results: dict[str, dict[str, float]], cosines: dict[str, float | None], peak: float
 ) -> None:
-    others = [name for name in (FLAG, HUGGINGFACE, ST_OPENVINO) if name in results]
+    others = [name for name in (FLAG, HUGGINGFACE, ST_OPENVINO, ST_FLOAT16) if name in results]
     rows = []
     for name, figures in results.items():
-        rate = figures["tokens per second"]
-        cosine = cosines[name]
+        rate, cosine = figures["warm"], cosines[name]
+        ratios = [f"{rate / results[other]['warm']:.1f}x" for other in others]
+        queries = [query_cell(figures, results.get(FLAG), key) for key in QUERIES]
+        share = f"{rate * FLOP_PER_TOKEN / peak:.0%}"
+        exactness = "" if cosine is None else f"{cosine:.5f}"
         rows.append(
-            [
-                name,
-                f"{rate:,.0f}",
-                *(f"{rate / results[other]['tokens per second']:.1f}x" for other in others),
-                *(query_cell(figures, results.get(FLAG), tokens) for tokens in QUERY_TOKENS),
-                f"{rate * FLOP_PER_TOKEN / peak:.0%}",
-                "" if cosine is None else f"{cosine:.5f}",
-            ]
+            [name, f"{figures['cold']:,.0f}", f"{rate:,.0f}", *ratios, *queries, share, exactness]
         )
-    header = ["encoder", "tokens/s", *(f"÷ {other}" for other in others)]
-    header += [f"query, {tokens} tokens" for tokens in QUERY_TOKENS]
-    show([*header, "of bf16 peak", "lowest cosine to fp32"], rows)
+    header = ["encoder", "tokens/s, cold", "warm", *(f"÷ {other}" for other in others), *QUERIES]
+    show([*header, "of bf16 peak", "lowest cosine to float32"], rows)
 
 
-def query_cell(figures: dict[str, float], flag: dict[str, float] | None, tokens: int) -> str:
-    key = f"query of {tokens} tokens"
+def query_cell(figures: dict[str, float], flag: dict[str, float] | None, key: str) -> str:
     times = f", {flag[key] / figures[key]:.1f}x" if flag else ""
     return f"{figures[key] * 1e3:.0f} ms{times}"
 
 
-def start_table(results: dict[str, dict[str, float]]) -> None:
-    keys = ("first start", "start", "first peak memory", "peak memory")
-    units = ("s", "s", "GiB", "GiB")
+def memory_table(results: dict[str, dict[str, float]]) -> None:
+    keys = ("peak while loading", "loaded", "after 1,000 texts")
     rows = [
-        [name, *(f"{figures[key]:.1f} {unit}" for key, unit in zip(keys, units, strict=True))]
-        for name, figures in results.items()
+        [name, f"{f['start']:.1f} s", *(f"{f[key]:.2f} GiB" if key in f else "" for key in keys)]
+        for name, f in results.items()
     ]
-    show(["encoder", "first start", "next start", "peak memory", "after the next start"], rows)
+    show(["encoder", "start", *keys], rows)
+
+
+def long_table(results: dict[str, dict[str, float]]) -> None:
+    keys = [f"{length:,} tokens" for length in LONG]
+    rows = [
+        [name, *(f"{f[key]:,.0f}, {f[f'{key}, memory']:.2f} GiB" for key in keys)]
+        for name, f in results.items()
+    ]
+    show(["tokens/s and extra memory for one text of", *keys], rows)
 
 
 def chart(results: dict[str, dict[str, float]], file: Path) -> None:
@@ -209,59 +271,57 @@ def chart(results: dict[str, dict[str, float]], file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(results)
-    rates = [results[name]["tokens per second"] for name in names]
+    names = [name for name in results if name not in BEFORE]
+    rates = [results[name]["warm"] for name in names]
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(names) + 1), layout="constrained")
     colours = ["#2a6f97" if name in OURS else "#b8b8b8" for name in names]
     axes.bar_label(axes.barh(names, rates, color=colours), fmt="{:,.0f}", padding=3)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(0, max(rates) * 1.1)
-    axes.set_xlabel("tokens per second, mixed lengths, two CPU cores")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    axes.set_xlabel(f"tokens per second, mixed lengths; CPU with {instructions().split(',')[0]}")
     figure.savefig(file, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a checkpoint of BGE-M3's size")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--long", action="store_true", help="single texts of up to 8,190 tokens")
     parser.add_argument(
         "--openvino-python", help="Python with benchmarks/requirements-openvino.txt"
     )
+    parser.add_argument("--before", type=Path, help="a checkout of commit 4e142fe, with OpenVINO")
     parser.add_argument("--tokens", type=int, default=6_000, help="of the corpus")
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", help="contenders whose name holds this")
     parser.add_argument("--chart", type=Path, help="write a bar chart here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        folder = arguments.folder
-        vectors = vectors_file(folder, arguments.worker)
-        print(json.dumps(work(arguments.worker, arguments.model, folder / "texts.json", vectors)))
+        print(json.dumps(work(arguments.worker, arguments)))
         return
     compare(arguments)
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokens = write_texts(arguments.model, arguments.tokens, folder / "texts.json")
-        peak = matrix_peak()
+        tokens = write_texts(arguments, folder / "texts.json")
+        peak = matrix_peak(arguments.device)
         print(
             f"{machine()}\n\nCorpus of {tokens:,} tokens. "
-            f"Peak of the bf16 matrix product: {peak / 1e9:.0f} GFLOP/s\n"
+            f"Peak of the bf16 matrix product: {peak / 1e9:,.0f} GFLOP/s\n"
         )
-        for _ in range(arguments.rounds):
-            for contender, python in contenders(arguments).items():
-                figures = run(contender, python, arguments.model, folder)
-                results[contender] = better(results.get(contender), figures)
-                print(f"{contender}: {figures['tokens per second']:.0f} tokens/s", file=sys.stderr)
+        results = {name: run(name, arguments, folder) for name in contenders(arguments)}
+        if arguments.long:
+            long_table(results)
+            finish("encode --long", {"peak": peak, "figures": results})
+            return
         cosines = {contender: lowest_cosine(contender, folder) for contender in results}
-    table(results, cosines, peak)
+    speed_table(results, cosines, peak)
     print()
-    start_table(results)
+    memory_table(results)
     finish("encode", {"peak": peak, "figures": results, "cosines": cosines})
     if arguments.chart:
         chart(results, arguments.chart)

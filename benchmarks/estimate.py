@@ -18,8 +18,8 @@ from common import finish, machine, peak_memory, show
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 
-from langchain_bge_dense._collection import fingerprint_of
 from langchain_bge_dense.chroma import index_vectors, open_chroma
+from langchain_bge_dense.chroma.collection import fingerprint_of
 
 WIDTH = 1_024
 SAMPLE = 20_000

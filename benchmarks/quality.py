@@ -1,8 +1,7 @@
-"""R@1, R@10 and MRR on the XQuAD files for every backend and dtype.
+"""R@1, R@10 and MRR on the XQuAD files for every dtype.
 
     python benchmarks/quality.py --data ../shared/data
     python benchmarks/quality.py --data ../shared/data --model BAAI/bge-m3 --languages en zh
-    python benchmarks/quality.py --data ../shared/data --int8-groups 32 64 384
 
 Every paragraph is embedded, every question is, and the question's own paragraph is the right one.
 """
@@ -12,25 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from common import finish, machine, show
 
-from langchain_bge_dense import BGEM3Embeddings, _openvino_graph
+from langchain_bge_dense import BGEM3Embeddings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-RUNS = {
-    "PyTorch float32": {"backend": "torch", "dtype": "float32"},
-    "PyTorch bfloat16": {"backend": "torch", "dtype": "bfloat16"},
-    "OpenVINO float32": {"backend": "openvino", "dtype": "float32"},
-    "OpenVINO bfloat16": {"backend": "openvino", "dtype": "bfloat16"},
-    "OpenVINO int8": {"backend": "openvino", "dtype": "int8"},
-}
+DTYPES = ("float32", "bfloat16", "int8")
 
 
 def read(file: Path) -> tuple[list[str], list[str], np.ndarray]:
@@ -60,11 +51,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with xquad.en.json")
     parser.add_argument("--model", help="a checkpoint; without it, the small model of the examples")
     parser.add_argument("--languages", nargs="+", default=["en"])
-    parser.add_argument("--int8-groups", nargs="+", type=int, default=[], help="other group sizes")
     arguments = parser.parse_args()
-    RUNS.update(
-        {f"OpenVINO int8, groups of {size}": {"int8_group": size} for size in arguments.int8_groups}
-    )
     model = arguments.model or small()
     print(machine() + "\n")
     results = {
@@ -81,7 +68,7 @@ def main() -> None:
         for language, runs in results.items()
         for run, values in runs.items()
     ]
-    show(["language", "encoder", "R@1", "R@10", "MRR", "lowest cosine to float32", "time"], rows)
+    show(["language", "dtype", "R@1", "R@10", "MRR", "lowest cosine to float32", "time"], rows)
     finish("quality", results)
 
 
@@ -95,35 +82,23 @@ def compare(model: str, file: Path) -> dict[str, dict[str, float]]:
     contexts, questions, right = read(file)
     exact = None
     results = {}
-    for name, settings in RUNS.items():
+    for dtype in DTYPES:
         start = time.perf_counter()
-        vectors = encode(model, contexts + questions, settings)
+        vectors = encode(model, contexts + questions, dtype)
         seconds = time.perf_counter() - start
         exact = vectors if exact is None else exact
         scores = vectors[len(contexts) :] @ vectors[: len(contexts)].T  # (Q, N)
         figures = measures(ranks_of(scores, right))
         cosine = float((vectors * exact).sum(axis=1).min())
-        results[name] = {**figures, "cosine": cosine, "seconds": seconds}
+        results[dtype] = {**figures, "cosine": cosine, "seconds": seconds}
     return results
 
 
-def encode(model: str, texts: list[str], settings: dict[str, Any]) -> np.ndarray:
-    if "int8_group" in settings:
-        return encode_in_groups(model, texts, settings["int8_group"])
-    embeddings = BGEM3Embeddings(model=model, device="cpu", on_truncate="ignore", **settings)
+def encode(model: str, texts: list[str], dtype: str) -> np.ndarray:
+    embeddings = BGEM3Embeddings(model=model, device="cpu", dtype=dtype, on_truncate="ignore")
     vectors = embeddings.encode(texts).dense
     embeddings.close()
     return vectors
-
-
-def encode_in_groups(model: str, texts: list[str], size: int) -> np.ndarray:
-    """Int8 with another group size than the package's own."""
-    own, _openvino_graph.INT8_GROUP = _openvino_graph.INT8_GROUP, size
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            return encode(model, texts, {**RUNS["OpenVINO int8"], "cache_folder": folder})
-    finally:
-        _openvino_graph.INT8_GROUP = own
 
 
 if __name__ == "__main__":
