@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+MUTANTS := .cache/mutants
 INSTALL := -m pip install --quiet --disable-pip-version-check
+COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.10 --no-annotate --no-header pyproject.toml
 
 # What the caller has active must not leak in.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_CONSTRAINT PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_VIRTUALENV
 export PYTHONNOUSERSITE := 1
 export QUERY
 
-.PHONY: help demo test soak lint type format constraints test-lowest clean
+.PHONY: help demo test soak lint type format mutants constraints test-lowest clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -26,9 +28,10 @@ test: $(VENV)/.dev ## run the tests; ARGS="..." goes to pytest
 soak: $(VENV)/.dev ## try what can go wrong, and say what was lost
 	PYTHONPATH=tests $(BIN)/python -m pytest -p faults -m "" $(ARGS)
 
-lint: $(VENV)/.dev ## check style and formatting
+lint: $(VENV)/.dev ## check style, formatting and what may import what
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --cache-dir .cache/imports
 
 type: $(VENV)/.dev ## check types
 	$(BIN)/mypy
@@ -37,29 +40,38 @@ format: $(VENV)/.dev ## rewrite the files in the project's style
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-constraints: $(VENV)/.dev ## pin what pyproject.toml now asks for and constraints.txt lacks
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate \
-	    --no-header --output-file constraints.txt pyproject.toml
-	grep -vE '^(cuda|nvidia|triton)\b' constraints.txt > constraints.tmp  # torch itself pins these
-	mv constraints.tmp constraints.txt
+# The tests of chroma/lexical are in tests/chroma/test_lexical.py, unless TESTS="..." names others.
+mutants: TESTS ?= $(subst /_,/,tests/$(dir $(ARGS)))test_$(patsubst _%,%,$(notdir $(ARGS))).py
+mutants: $(VENV)/.dev ## change ARGS=module at one place at a time; list the changes that its tests miss
+	rm -rf $(MUTANTS)
+	mkdir -p $(MUTANTS)
+	cp -r benchmarks examples langchain_bge_dense tests pyproject.toml $(MUTANTS)
+	printf '%s\n' '[mutmut]' source_paths=langchain_bge_dense also_copy= '    benchmarks' '    examples' \
+	    process_isolation=forkserver only_mutate=langchain_bge_dense/$(ARGS).py \
+	    pytest_add_cli_args_test_selection= $(TESTS:%='    %') > $(MUTANTS)/setup.cfg
+	cd $(MUTANTS) && for command in run results export-cicd-stats; do \
+	    $(abspath $(BIN))/mutmut $$command || exit; \
+	done
+	cat $(MUTANTS)/mutants/mutmut-cicd-stats.json
 
-test-lowest: $(LOWEST)/.done ## run the tests on the lowest versions that pyproject.toml allows
+constraints: $(VENV)/.dev ## pin what pyproject.toml now asks for: newest and lowest versions
+	$(COMPILE) --universal --all-extras --output-file constraints.txt
+	$(COMPILE) --upgrade --resolution lowest-direct --extra test --output-file constraints-lowest.txt
+	for file in constraints.txt constraints-lowest.txt; do \
+	    grep -vE '^(cuda|nvidia|triton)\b' $$file > $$file.tmp && mv $$file.tmp $$file; \
+	done  # torch itself pins these
+
+test-lowest: $(LOWEST)/.lowest ## run the tests on the lowest versions allowed; with Python 3.10
 	$(LOWEST)/bin/python -m pytest $(ARGS)
 
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev: EXTRAS := dev,test
+$(LOWEST)/.lowest: EXTRAS := test
 $(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
-	@echo "Installing .[$(EXTRAS)] into $(VENV); the first time takes minutes, most of it PyTorch."
-	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable ".[$(EXTRAS)]"
-	@touch $@
-
-# FlagEmbedding names no lowest version of datasets.
-$(LOWEST)/.done: pyproject.toml constraints.txt | $(LOWEST)/.made
-	$(LOWEST)/bin/python $(INSTALL) --constraint constraints.txt uv
-	echo 'datasets>=2.19' | \
-	    $(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra test \
-	    --python $(LOWEST)/bin/python --output-file $(LOWEST)/lowest.txt pyproject.toml -
-	$(LOWEST)/bin/python $(INSTALL) --requirement $(LOWEST)/lowest.txt --editable .
+$(LOWEST)/.lowest: pyproject.toml constraints-lowest.txt | $(LOWEST)/.made
+$(VENV)/.demo $(VENV)/.dev $(LOWEST)/.lowest:
+	@echo "Installing .[$(EXTRAS)] into $(@D); the first time takes minutes, most of it PyTorch."
+	$(@D)/bin/python $(INSTALL) --constraint $(word 2,$^) --editable ".[$(EXTRAS)]"
 	@touch $@
 
 %/.made:

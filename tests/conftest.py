@@ -6,11 +6,11 @@ The random one (`tiny_checkpoint`) is for whether numbers are right, the small r
 
 from __future__ import annotations
 
-import os
 import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 from small_model import build, default_folder
 
 if TYPE_CHECKING:
@@ -21,14 +21,11 @@ if TYPE_CHECKING:
 
 _SMALL_FOLDER = default_folder()
 
+settings.register_profile("tests", deadline=None)  # the machine may be busy
+settings.load_profile("tests")
+
 # A shell that runs the tests in the background makes them, and what they start, deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep what is converted for the many checkpoints of the tests out of the user's cache."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +53,6 @@ def small(small_checkpoint: Path) -> Iterator[BGEM3Embeddings]:
 def _embeddings(folder: Path) -> Iterator[BGEM3Embeddings]:
     from langchain_bge_dense import BGEM3Embeddings
 
-    embeddings = BGEM3Embeddings(model=str(folder), device="cpu", dtype="float32", backend="torch")
+    embeddings = BGEM3Embeddings(model=str(folder), device="cpu", dtype="float32")
     yield embeddings
     embeddings.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,17 +21,23 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 # Fault to its tests, by the beginnings of their names.
 FAULTS = {
     "an indexing process is killed at random moments": ["test_faults.py::test_killed_at"],
-    "an indexing process is killed while Chroma rewrites its index": [
-        "test_folder.py::test_killed_while"
+    "an indexing process is killed while Chroma persists its index": [
+        "test_recovery.py::test_killed_while",
+        "test_recovery.py::test_a_search_after",
     ],
     "the disk is full while indexing": [
         "test_faults.py::test_disk_full",
-        "test_folder.py::test_no_room",
+        "test_recovery.py::test_no_room",
     ],
-    "two processes index into one Chroma server": ["test_chroma_server.py::test_two_processes"],
-    "the Chroma server stops, and comes back or does not": [
-        "test_chroma_server.py::test_the_server"
+    "two processes index into one Chroma server": ["test_server.py::test_two_processes"],
+    "compaction is killed at each of its steps": ["test_compaction.py::test_killed"],
+    "files of Chroma's index are cut short or missing": ["test_recovery.py::TestDamage"],
+    "a process searches a folder that another one writes": [
+        "test_connection.py::test_a_reader",
+        "test_connection.py::test_many_threads",
     ],
+    "a store is used in a forked child": ["test_connection.py::test_a_forked_child"],
+    "the Chroma server stops, and comes back or does not": ["test_server.py::test_the_server"],
     "a Ray actor is killed in the middle of a job": ["test_ray.py::test_each_row"],
     "many callers, cancelled calls, bad texts and indexing at once": [
         "test_faults.py::test_two_hundred_callers"
@@ -41,12 +48,12 @@ FAULTS = {
         "test_checkpoint.py::test_changed_bytes",
     ],
     "a weight is not finite": [
-        "test_encoder.py::test_what_is_not_finite",
+        "test_encoder.py::test_non_finite",
         "test_indexing.py::test_vectors_that_are_not_finite",
     ],
-    "Ctrl-C in a long call": ["test_processes.py::*openvino-ctrl_c"],
+    "Ctrl-C in a long call": ["test_processes.py::*ctrl_c"],
     "fork, spawn, pickle and exit with work queued": [
-        "test_processes.py::*openvino-",
+        "test_processes.py::test_it_ends_well",
         "test_processes.py::test_a_spawned",
         "test_processes.py::test_a_pickle",
     ],
@@ -83,7 +90,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _of(fault: str, nodeid: str) -> bool:
-    name = nodeid.removeprefix("tests/")
+    file, _, test = nodeid.partition("::")
+    name = f"{Path(file).name}::{test}"
     return any(fnmatchcase(name, f"{pattern}*") for pattern in FAULTS[fault])
 
 

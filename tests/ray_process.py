@@ -23,7 +23,7 @@ BAD = [3, None, "lone \ud800", "long " * 30]
 TEXTS = [f"passage {n}" for n in range(600)]
 TEXTS[100:100], TEXTS[500:500] = BAD[:2], BAD[2:]
 BLOCKS = 12
-SETTINGS = {"device": "cpu", "dtype": "float32", "backend": "torch"}
+SETTINGS = {"device": "cpu", "dtype": "float32"}
 
 
 class Mortal(BGEM3Embeddings):

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from calls import alike, texts, threads
 from chroma_server import ChromaServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from indexing_process import BATCH
 from langchain_core.documents import Document
-from test_concurrency import alike, texts, threads
-from test_folder import contents
+from test_recovery import contents
 
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense.chroma import index_documents, open_chroma
@@ -216,9 +216,7 @@ class Memory(threading.Thread):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system has no /proc")
 def test_two_hundred_callers(tiny_checkpoint, tmp_path, record_property):
     before = threads()
-    own = BGEM3Embeddings(
-        model=tiny_checkpoint, device="cpu", dtype="float32", backend="torch", pooling="cls"
-    )
+    own = BGEM3Embeddings(model=tiny_checkpoint, device="cpu", dtype="float32", pooling="cls")
     with ChromaServer(tmp_path / "server") as server, ThreadPoolExecutor(2) as pool:
         callers, memory = Callers(own), Memory()
         memory.start()

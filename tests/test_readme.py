@@ -1,4 +1,4 @@
-"""Each Python snippet of the README runs as printed and prints what stands below it."""
+"""The README: its snippets run as printed, its table of settings is the fields'."""
 
 from __future__ import annotations
 
@@ -9,29 +9,54 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from langchain_bge_dense import BGEM3Embeddings
+
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Iterator
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPET = re.compile(r"```python\n(.*?)```\n(?:```text\n(.*?)```\n)?", re.DOTALL)
+SETTING = re.compile(r"^\| `(\w+)` \| `(.*?)` \|", re.MULTILINE)
+
+
+def text() -> str:
+    return README.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def _small_model_by_default(small_checkpoint: Path) -> Iterator[None]:
+    """Put the small checkpoint in the place of BAAI/bge-m3."""
+    field = BGEM3Embeddings.model_fields["model"]
+    own, field.default = field.default, str(small_checkpoint)
+    BGEM3Embeddings.model_rebuild(force=True)
+    yield
+    field.default = own
+    BGEM3Embeddings.model_rebuild(force=True)
 
 
 def test_the_first_example_and_its_output_come_before_line_25() -> None:
-    lines = README.read_text(encoding="utf-8").splitlines()
+    lines = text().splitlines()
     assert lines.index("```text") < 25
-    assert len(lines) < 150
+    assert len(lines) < 200
+    assert [line for line in lines if len(line) > 100] == []
 
 
-def test_snippets_print_what_the_page_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_checkpoint: Path
-) -> None:
+@pytest.mark.usefixtures("_small_model_by_default")
+def test_snippets_print_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("small_model.build", lambda: small_checkpoint)
     names: dict[str, Any] = {}
-    snippets = SNIPPET.findall(README.read_text(encoding="utf-8"))
+    snippets = SNIPPET.findall(text())
     assert len(snippets) >= 4
     for code, expected in snippets:
         assert run(code, names) == expected
+    names["store"].close()
+
+
+def test_the_settings_are_the_fields() -> None:
+    fields = {name: field.default for name, field in BGEM3Embeddings.model_fields.items()}
+    assert {name: eval(default) for name, default in SETTING.findall(text())} == fields  # noqa: S307
 
 
 def run(code: str, names: dict[str, Any]) -> str:
@@ -40,5 +65,5 @@ def run(code: str, names: dict[str, Any]) -> str:
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
         warnings.simplefilter("always")
         exec(compile(code, "README.md", "exec"), names)  # noqa: S102
-    told = [f"{w.category.__name__}: {w.message}\n" for w in caught if w.category is UserWarning]
-    return "".join(told) + printed.getvalue()
+    warned = [f"{w.category.__name__}: {w.message}\n" for w in caught if w.category is UserWarning]
+    return "".join(warned) + printed.getvalue()

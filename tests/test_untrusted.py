@@ -62,5 +62,5 @@ def test_operators_for_values_are_refused(store, value):
 
 @pytest.mark.parametrize("name", [*OPERATORS, {"$ne": "mine"}])
 def test_names_of_collections_are_names(name):
-    with pytest.raises(ValueError, match="no name for a collection"):
+    with pytest.raises(ValueError, match="not a name for a collection"):
         open_chroma(HashedEmbeddings(), name)

@@ -1,5 +1,6 @@
 """What is published: the package alone, whole, under the version that it says it has."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,7 +13,7 @@ import pytest
 import langchain_bge_dense
 
 ROOT = Path(__file__).parents[1]
-VERSION = langchain_bge_dense.__version__
+VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 DIST_INFO = f"langchain_bge_dense-{VERSION}.dist-info"
 
 
@@ -39,9 +40,17 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
 
 def test_wheel_holds_the_package_whole(wheel: zipfile.ZipFile) -> None:
     package = ROOT / "langchain_bge_dense"
-    sources = {f"langchain_bge_dense/{path.name}" for path in package.glob("*.py")}
+    sources = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")}
     packed = {name for name in wheel.namelist() if name.startswith("langchain_bge_dense/")}
     assert packed == {*sources, "langchain_bge_dense/py.typed"}
+
+
+def test_the_installed_package_says_its_version() -> None:
+    assert langchain_bge_dense.__version__ == VERSION
+
+
+def test_the_changelog_tells_of_this_version() -> None:
+    assert f"\n## [{VERSION}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_metadata_says_version_licence_and_extras(wheel: zipfile.ZipFile) -> None:
@@ -49,9 +58,7 @@ def test_metadata_says_version_licence_and_extras(wheel: zipfile.ZipFile) -> Non
     assert metadata["Version"] == VERSION
     assert metadata["License-Expression"] == "MIT"
     assert f"{DIST_INFO}/licenses/LICENSE" in wheel.namelist()
-    assert {"chroma", "milvus", "openvino", "qdrant", "ray"} <= set(
-        metadata.get_all("Provides-Extra", [])
-    )
+    assert {"chroma", "milvus", "qdrant", "ray"} <= set(metadata.get_all("Provides-Extra", []))
 
 
 def test_sdist_holds_no_junk(dist: Path) -> None:
