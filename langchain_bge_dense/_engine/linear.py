@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WEIGHT_PEAK = 127  # of int8 codes; symmetric: -128 is not used
 _TOKEN_PEAK = 126  # bfloat16 may round a code of 127 up to 128, which int8 takes for -128
 _SMALLEST_PEAK = 1e-30  # of a row of zeros, which divides nothing
 _GELU_MINIMUM = 0.17  # GELU is nowhere below -0.17
@@ -43,10 +42,7 @@ class LinearFactory:
     ) -> None:
         self._device = device
         self._state_dtype = state_dtype = state_dtype or getattr(torch, dtype)
-        self._kind = PlainInt8Linear if dtype == "int8" else PlainLinear
-        packed = _PACKED.get((device.type, dtype))
-        if packed is not None and _agrees(packed, self._kind, state_dtype):
-            self._kind = packed
+        self._kind = _packed(device.type, dtype, state_dtype) or _PLAIN.get(dtype, PlainLinear)
 
     def __call__(
         self, weight: Tensor, bias: Tensor, *, gelu: bool = False, after_gelu: bool = False
@@ -104,10 +100,11 @@ class PlainInt8Linear:
     """Products of int8 codes: one scale a weight row, one scale a token computed at run time."""
 
     after_gelu = False
+    weight_peak = 127  # symmetric: -128 is not used
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, gelu: bool) -> None:
         peaks = torch.cat([rows.abs().amax(1) for rows in torch.split(weight, _ROWS)])  # (N,)
-        scales = peaks.clamp_(min=_SMALLEST_PEAK).div_(_WEIGHT_PEAK)  # (N,)
+        scales = peaks.clamp_(min=_SMALLEST_PEAK).div_(self.weight_peak)  # (N,)
         rows = zip(torch.split(weight, _ROWS), torch.split(scales, _ROWS), strict=True)
         self._pack(torch.cat([(w / s[:, None]).round_().to(torch.int8) for w, s in rows]))  # (N, K)
         self._scales = scales
@@ -150,15 +147,52 @@ class PackedInt8Linear(PlainInt8Linear):
         return product
 
 
-_PACKED: dict[tuple[str, str], Any] = {
-    ("cpu", "float32"): PackedLinear,
-    ("cpu", "bfloat16"): PackedLinear,
-    ("cpu", "int8"): PackedInt8Linear,
+class PlainInt7Linear(PlainInt8Linear):
+    """The same with weights of 7 bits.
+
+    CPUs without VNNI add two products in 16 bits: with an unsigned code of 8 bits and a weight of
+    up to 64 the sum fits, as 2 * 255 * 64 < 2^15, and with larger ones oneDNN's product is wrong.
+    """
+
+    weight_peak = 64
+
+
+class PackedInt7Linear(PackedInt8Linear, PlainInt7Linear):
+    """Weights of 7 bits by oneDNN's int8 product."""
+
+    weight_peak = PlainInt7Linear.weight_peak
+
+
+_PLAIN: dict[str, Any] = {"int8": PlainInt8Linear}
+
+# What is fastest first; each beside the plain layer that it has to agree with.
+_PACKED: dict[tuple[str, str], list[tuple[Any, Any]]] = {
+    ("cpu", "float32"): [(PackedLinear, PlainLinear)],
+    ("cpu", "bfloat16"): [(PackedLinear, PlainLinear)],
+    ("cpu", "int8"): [(PackedInt8Linear, PlainInt8Linear), (PackedInt7Linear, PlainInt7Linear)],
 }
 
 
-def _agrees(packed: Any, plain: Any, dtype: torch.dtype) -> bool:
-    """Whether a packed layer is there and gives what the plain one gives."""
+def _packed(device: str, dtype: str, state_dtype: torch.dtype) -> Any:
+    """The fastest packed layer that gives what its plain one gives; None: there is none here."""
+    reason = None
+    for packed, plain in _PACKED.get((device, dtype), []):
+        reason = _disagreement(packed, plain, state_dtype)
+        if reason is None:
+            return packed
+    if reason is not None:
+        logger.warning(
+            "PyTorch %s has no usable oneDNN product for %s here (%s): its plain one is taken, "
+            "slower.",
+            torch.__version__,
+            dtype,
+            reason,
+        )
+    return None
+
+
+def _disagreement(packed: Any, plain: Any, dtype: torch.dtype) -> str | None:
+    """How a packed layer fails to give what the plain one gives, if it does."""
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (
         torch.randn(shape, generator=generator) for shape in ((48, 64), (48,), (5, 64))
@@ -166,17 +200,17 @@ def _agrees(packed: Any, plain: Any, dtype: torch.dtype) -> bool:
     try:
         given = packed(weight, bias, dtype, gelu=True)(x)
     except (AttributeError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-    else:
-        wanted = plain(weight, bias, dtype, gelu=True)(x).float()
-        difference = float((given.float() - wanted).abs().max() / wanted.abs().max())
-        if difference <= 2 * torch.finfo(dtype).eps:
-            return True
-        reason = f"a product differs by {difference:.1e} of its largest number"
-    logger.warning(
-        "PyTorch %s has no usable oneDNN product for %s here (%s): its plain one is taken, slower.",
-        torch.__version__,
-        dtype,
-        reason,
-    )
-    return False
+        return str(error).partition("\n")[0]
+    wanted = plain(weight, bias, dtype, gelu=True)(x).float()
+    difference = float((given.float() - wanted).abs().max() / wanted.abs().max())
+    if difference <= tolerance(dtype):
+        return None
+    return f"a product differs by {difference:.1e} of its largest number"
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two right products of 64 numbers may be apart, as a part of the largest.
+
+    Sums of float32 products differ by their order; a narrower dtype rounds the sum once.
+    """
+    return (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from langchain_bge_dense._engine import linear
 from langchain_bge_dense._engine.linear import LinearFactory, PackedLinear, PlainInt8Linear
+from langchain_bge_dense._engine.loading import cpu_has_bf16
 
 CPU = torch.device("cpu")
 # Dtype of products and of states, and how far from the exact product a result may be, as a part of
@@ -61,10 +62,10 @@ def test_products_are_those_of_float32(
 
 
 def require_operator(dtype: str, state_dtype: torch.dtype) -> None:
-    """Skip where PyTorch has the int8 product for unsigned numbers alone, as 2.6 does."""
-    layer = LinearFactory(dtype, CPU, state_dtype)(draw(24, 40), draw(24))
-    if dtype == "int8" and type(layer) is linear.PlainInt8Linear and torch.__version__ < "2.8":
-        pytest.skip("this PyTorch has no int8 product of signed numbers")
+    """Skip where this PyTorch or this CPU cannot have the packed product."""
+    old = torch.__version__ < "2.8"  # has the int8 product for unsigned numbers alone
+    if (dtype == "int8" and old) or (state_dtype == torch.bfloat16 and not cpu_has_bf16()):
+        pytest.skip(f"there is no packed product in {dtype} here")
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -86,8 +87,9 @@ def test_without_the_operators_results_are_the_same(
     request.getfixturevalue("without_operators")
     plain = LinearFactory(dtype, CPU, state_dtype)(weight, bias, gelu=gelu)
     assert type(plain) is not type(packed)
-    eps = torch.finfo(state_dtype).eps
-    assert difference(plain(x), expected) <= 2 * eps
+    if isinstance(packed, linear.PackedInt7Linear):
+        plain = linear.PlainInt7Linear(weight, bias, state_dtype, gelu=gelu)
+    assert difference(plain(x), expected) <= linear.tolerance(state_dtype)
     [record] = caplog.records
     assert "no usable oneDNN product" in record.getMessage()
     assert "has no attribute" in record.getMessage()
@@ -119,18 +121,44 @@ def test_a_wrong_product_is_noticed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     require_operator(dtype, state_dtype)
-    right = linear._PACKED["cpu", dtype]
+    packed, plain = linear._PACKED["cpu", dtype][-1]
 
-    class Wrong(right):
+    class Wrong(packed):
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
             return super().__call__(x) * factor
 
     if state_dtype == torch.bfloat16 and factor == 1.01:
         factor = 1.1  # 1 % is what bfloat16 may be off by
-    monkeypatch.setitem(linear._PACKED, ("cpu", dtype), Wrong)
+    monkeypatch.setitem(linear._PACKED, ("cpu", dtype), [(Wrong, plain)])
     layer = LinearFactory(dtype, CPU, state_dtype)(draw(24, 40), draw(24))
     assert not isinstance(layer, Wrong)
     assert "a product differs by" in caplog.text
+
+
+def test_where_int8_products_overflow_weights_have_seven_bits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CPU without VNNI: sums of two products are cut to 16 bits."""
+
+    class Overflowing(linear.PackedInt8Linear):
+        def _pack(self, codes: torch.Tensor) -> None:
+            self._codes = codes.float()
+
+        def _product(self, codes: torch.Tensor) -> torch.Tensor:
+            pairs = ((codes.float() + 128)[:, None] * self._codes).unflatten(2, (-1, 2)).sum(3)
+            summed = pairs.clamp_(-(2**15), 2**15 - 1).sum(2) - 128 * self._codes.sum(1)
+            return (summed * self._scales).to(self._bias.dtype)
+
+    class Fitting(Overflowing):
+        weight_peak = linear.PlainInt7Linear.weight_peak
+
+    kinds = [(Overflowing, PlainInt8Linear), (Fitting, linear.PlainInt7Linear)]
+    monkeypatch.setitem(linear._PACKED, ("cpu", "int8"), kinds)
+    weight, x = draw(24, 40), draw(3, 40, seed=2)
+    layer = LinearFactory("int8", CPU, torch.float32)(weight, torch.zeros(24))
+    assert type(layer) is Fitting
+    assert not caplog.records
+    assert difference(layer(x), F.linear(x, weight)) < 0.03
 
 
 def test_float16_and_other_devices_take_the_plain_product() -> None:
