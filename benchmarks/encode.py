@@ -54,7 +54,7 @@ OURS = {
     "ours, int8": {"dtype": "int8"},
     "ours, float16": {"dtype": "float16"},
 }
-# The OpenVINO backend that this package had up to commit 4e142fe, run with --before.
+# The OpenVINO backend that this package had up to commit 3c61c3e, run with --before.
 BEFORE = {
     f"OpenVINO backend, {dtype}": {"backend": "openvino", "dtype": dtype}
     for dtype in ("float32", "bfloat16", "int8")
@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument(
         "--openvino-python", help="Python with benchmarks/requirements-openvino.txt"
     )
-    parser.add_argument("--before", type=Path, help="a checkout of commit 4e142fe, with OpenVINO")
+    parser.add_argument("--before", type=Path, help="a checkout of commit 3c61c3e, with OpenVINO")
     parser.add_argument("--tokens", type=int, default=6_000, help="of the corpus")
     parser.add_argument("--only", help="contenders whose name holds this")
     parser.add_argument("--chart", type=Path, help="write a bar chart here")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
+from pydantic import BeforeValidator
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 
 SCORES = ("dense", "lexical", "colbert", "fused", "relevance")
 
+Fusion = Literal["standard", "raw", "rrf"]
+
 _NO_SPREAD = 1e-6  # differences between scores that are rounding alone
+_RRF_RANK = 60  # k of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009)
 
 
 def score_key(name: str) -> str:
@@ -119,6 +123,30 @@ def standardized(scores: NDArray[np.float32]) -> NDArray[np.float32]:
     return scaled
 
 
+def scaled(scores: NDArray[np.float32], fusion: Fusion) -> NDArray[np.float32]:
+    """Bring the scores of one signal to where they can be added to those of the others.
+
+    Args:
+        scores: For one query's candidates, `(N,)`.
+        fusion: `"standard"` scores, `"raw"` ones, or `"rrf"`, reciprocals of 60 and the rank.
+
+    Returns:
+        The same shape.
+
+    Example:
+        >>> scaled(np.array([0.1, 0.9], np.float32), "rrf") * 62
+        array([1.       , 1.0163934], dtype=float32)
+    """
+    if fusion == "standard":
+        return standardized(scores)
+    if fusion == "raw":
+        return scores
+    ranks = np.empty(len(scores), np.float32)  # (N,)
+    ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
+    reciprocals: NDArray[np.float32] = np.float32(1) / (_RRF_RANK + ranks)
+    return reciprocals
+
+
 def checked_weights(weights: object) -> tuple[float, ...]:
     """Three weights, of the dense, lexical and ColBERT score, that can be used for a mean.
 
@@ -140,3 +168,6 @@ def checked_weights(weights: object) -> tuple[float, ...]:
         )
         raise ValueError(msg)
     return numbers
+
+
+Weights = Annotated[tuple[float, float, float], BeforeValidator(checked_weights)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from langchain_core.documents.compressor import BaseDocumentCompressor
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from langchain_bge_dense._scoring import (
-    checked_weights,
+    Weights,
     dense_scores,
     lexical_scores,
     maxsim_scores,
@@ -24,20 +24,24 @@ if TYPE_CHECKING:
     from langchain_core.callbacks import Callbacks
     from langchain_core.documents import Document
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
     from langchain_bge_dense._engine.outputs import M3Encoding
 
 SIGNALS = ("dense", "lexical", "colbert")
-Weights = Annotated[tuple[float, float, float], BeforeValidator(checked_weights)]
 
 
 class BGEM3Reranker(BaseDocumentCompressor):
     """Order documents by what all three outputs of BGE-M3 say about a query.
 
-    The score is `BGEM3FlagModel.compute_score`'s: the mean of the three, weighted. Query and
-    documents are each encoded once; a signal with weight 0 is not computed. It is written to the
-    metadata as `bge_m3_relevance_score`, those of the signals as `bge_m3_dense_score`,
-    `bge_m3_lexical_score` and `bge_m3_colbert_score`.
+    The score is `BGEM3FlagModel.compute_score`'s: the mean of the three, weighted, as the model
+    gives them. `BGEM3Retriever` weights standard scores by default, so that its weights are others.
+    Query and documents are each encoded once; a signal with weight 0 is not computed. The score is
+    written to the metadata as `bge_m3_relevance_score`, those of the signals as
+    `bge_m3_dense_score`, `bge_m3_lexical_score` and `bge_m3_colbert_score`.
+
+    With `vectorstore`, what a store of `open_chroma` keeps of the documents is read from there, and
+    a query is one short forward pass.
 
     Example:
         >>> from langchain_bge_dense import BGEM3Embeddings, BGEM3Reranker
@@ -49,14 +53,35 @@ class BGEM3Reranker(BaseDocumentCompressor):
         ('equal rights', True)
     """
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True
+    )
 
-    embeddings: BGEM3Embeddings
-    """The model."""
+    embeddings: BGEM3Embeddings | None = None
+    """The model; None: that of `vectorstore`."""
+    vectorstore: Any = None
+    """A store of `open_chroma` that holds the documents, by their ids; others are encoded."""
     top_n: int | None = Field(None, ge=1)
     """How many documents to keep; None: all."""
     weights: Weights = (0.4, 0.2, 0.4)
     """Of the dense, lexical and ColBERT score; the default is that of BAAI's own example."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.vectorstore is not None:
+            self._model  # noqa: B018 - raises where it does not fit
+        elif self.embeddings is None:
+            msg = "Neither embeddings nor vectorstore is given. Pass a model, a store, or both."
+            raise ValueError(msg)
+        return self
+
+    @property
+    def _model(self) -> BGEM3Embeddings:
+        if self.vectorstore is None and self.embeddings is not None:
+            return self.embeddings
+        from langchain_bge_dense.chroma.search import model_of
+
+        return model_of(self.vectorstore, self.embeddings)
 
     def compress_documents(
         self,
@@ -79,19 +104,44 @@ class BGEM3Reranker(BaseDocumentCompressor):
         """
         if not documents:
             return []
-        scores = self._scores(query, [document.page_content for document in documents])
+        scores = self._scores(query, documents)
         order = np.argsort(-scores["relevance"], kind="stable")[: self.top_n]  # (top_n,)
         return [_with_scores(documents[n], scores, n) for n in order.tolist()]
 
-    def _scores(self, query: str, passages: list[str]) -> dict[str, NDArray[np.float32]]:
+    def _scores(self, query: str, documents: Sequence[Document]) -> dict[str, NDArray[np.float32]]:
         """Scores by name, each `(N,)`."""
         used = {name: w for name, w in zip(SIGNALS, self.weights, strict=True) if w > 0}
         wanted: Any = {name: name in used for name in SIGNALS}
-        instruction = self.embeddings.query_instruction
-        encoded = self.embeddings.encode([query], instruction=instruction, **wanted)
-        scores = signal_scores(encoded, self.embeddings.encode(passages, **wanted))
+        model = self._model
+        encoded = model.encode([query], instruction=model.query_instruction, **wanted)
+        scores = {name: np.empty(len(documents), np.float32) for name in used}  # (N,) each
+        kept = self._read_stored(encoded, documents, scores)
+        rest = [row for row in range(len(documents)) if row not in kept]
+        if rest:
+            passages = model.encode([documents[row].page_content for row in rest], **wanted)
+            for name, values in signal_scores(encoded, passages).items():
+                scores[name][rest] = values
         relevance = weighted_mean([scores[name] for name in used], list(used.values()))  # (N,)
         return {"relevance": relevance, **scores}
+
+    def _read_stored(
+        self,
+        query: M3Encoding,
+        documents: Sequence[Document],
+        scores: dict[str, NDArray[np.float32]],
+    ) -> set[int]:
+        """Fill in the scores of documents that the store has all of; gives their rows."""
+        from langchain_bge_dense.chroma.search import stored_scores
+
+        rows = {document.id: row for row, document in enumerate(documents) if document.id}
+        if self.vectorstore is None or not rows:
+            return set()
+        texts = [documents[row].page_content for row in rows.values()]
+        found, stored = stored_scores(self.vectorstore._passages, query, list(rows), texts)  # noqa: SLF001
+        kept = [list(rows.values())[number] for number in found]
+        for name, values in stored.items():
+            scores[name][kept] = values
+        return set(kept)
 
 
 def _with_scores(

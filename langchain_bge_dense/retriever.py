@@ -4,43 +4,39 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
-from langchain_bge_dense._scoring import (
-    checked_weights,
-    maxsim_scores,
-    score_key,
-    standardized,
+from langchain_bge_dense._scoring import Fusion, Weights, checked_weights
+from langchain_bge_dense.chroma.search import (
+    Candidates,
+    Search,
+    colbert_scores,
+    lexical_best,
+    model_of,
 )
 from langchain_bge_dense.embeddings import BGEM3Embeddings
-from langchain_bge_dense.rerank import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from chromadb import Collection
     from langchain_core.callbacks import (
         AsyncCallbackManagerForRetrieverRun,
         CallbackManagerForRetrieverRun,
     )
+    from langchain_core.documents import Document
     from langchain_core.retrievers import LangSmithRetrieverParams
-    from numpy.typing import NDArray
     from typing_extensions import Self
 
     from langchain_bge_dense._engine.outputs import M3Encoding
-    from langchain_bge_dense.chroma.lexical import LexicalScores, LexicalWeights
+    from langchain_bge_dense.chroma.lexical import LexicalWeights
     from langchain_bge_dense.chroma.passages import Passages
 
-_COLBERT_CANDIDATES = 20
-_FILTERED_DEPTH = 10  # times as many lexical candidates are looked up before a filter drops some
+_WITH_CODES, _COMPUTED = 50, 20  # candidates that are scored by ColBERT
 
 
 class BGEM3Retriever(BaseRetriever):
@@ -79,8 +75,15 @@ class BGEM3Retriever(BaseRetriever):
     """Candidates of each of the dense and the lexical signal; `k` where that is more."""
     weights: Weights = (0.4, 0.2, 0.4)
     """Of the dense, lexical and ColBERT score."""
-    colbert: bool = False
-    """Score the best 20 candidates, or `k`, by their ColBERT vectors too, at query time."""
+    fusion: Fusion = "standard"
+    """What is weighted and added up: `"standard"` scores, `"raw"` ones, or `"rrf"`, reciprocals of
+    60 and the rank."""
+    colbert: bool | None = None
+    """Score the best candidates by their ColBERT vectors too; None: where the store keeps codes.
+    Vectors of passages without codes are computed at query time, which takes seconds on a CPU."""
+    colbert_k: int | None = Field(None, ge=1)
+    """How many candidates that is; None: 50 in a store that keeps codes, else 20; `k` where that is
+    more."""
     filter: dict[str, Any] | None = None
     """Chroma's metadata filter."""
     where_document: dict[str, Any] | None = None
@@ -94,20 +97,14 @@ class BGEM3Retriever(BaseRetriever):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        from langchain_bge_dense.chroma import BGEM3Chroma
-        from langchain_bge_dense.chroma.collection import check
-
-        if not isinstance(self.vectorstore, BGEM3Chroma):
-            msg = f"vectorstore is {type(self.vectorstore).__name__}. Use a store of open_chroma."
-            raise ValueError(msg)  # noqa: TRY004 - pydantic passes on ValueError alone
-        check(self._passages.collection, self._model.fingerprint)
+        self._model  # noqa: B018 - raises where it does not fit
         self._check_weights(self.weights)
         return self
 
     def _check_weights(self, weights: tuple[float, ...]) -> None:
-        if not self.colbert and not any(weights[:2]):
+        if not any(weights[:2]) and not self._scores_colbert:
             msg = (
-                f"The weights are {weights} and colbert is False, so that nothing counts. "
+                f"The weights are {weights} and ColBERT is not scored, so that nothing counts. "
                 "Set colbert=True, or a dense or lexical weight above 0."
             )
             raise ValueError(msg)
@@ -118,16 +115,11 @@ class BGEM3Retriever(BaseRetriever):
 
     @property
     def _model(self) -> BGEM3Embeddings:
-        from langchain_bge_dense.chroma.collection import underlying
+        return model_of(self.vectorstore, self.embeddings)
 
-        model = underlying(self.embeddings or self.vectorstore.embeddings)
-        if not isinstance(model, BGEM3Embeddings):
-            msg = (
-                f"The store's embeddings are {type(model).__name__}, not BGEM3Embeddings. Open the "
-                "store with BGEM3Embeddings, or pass the ones that filled it as `embeddings`."
-            )
-            raise ValueError(msg)  # noqa: TRY004 - pydantic passes on ValueError alone
-        return model
+    @property
+    def _scores_colbert(self) -> bool:
+        return bool(self._passages.colbert) if self.colbert is None else self.colbert
 
     def _get_ls_params(self, **kwargs: Any) -> LangSmithRetrieverParams:
         """What traces say of model and store."""
@@ -155,6 +147,7 @@ class BGEM3Retriever(BaseRetriever):
             k=k,
             count=max(k, fetch_k),
             weights=self.weights if weights is None else checked_weights(weights),
+            fusion=self.fusion,
             where=(self.filter if filter is None else filter) or None,
             where_document=(self.where_document if where_document is None else where_document)
             or None,
@@ -170,17 +163,19 @@ class BGEM3Retriever(BaseRetriever):
         return await run_in_executor(None, call, query)
 
     def _best(self, search: Search) -> Candidates:
+        model = self._model
         weights = self._lexical_weights() if search.weights[1] else None
-        colbert = self.colbert and search.weights[2] > 0
-        encoded = self._model.encode(
+        colbert = self._scores_colbert and search.weights[2] > 0
+        encoded = model.encode(
             [search.query],
             lexical=weights is not None,
             colbert=colbert,
-            instruction=self._model.query_instruction,
+            instruction=model.query_instruction,
         )
         candidates = self._candidates(search, encoded, weights)
-        if colbert:
-            candidates = candidates.best(max(search.k, _COLBERT_CANDIDATES))
+        if colbert and candidates.ids:
+            count = self.colbert_k or (_WITH_CODES if self._passages.colbert else _COMPUTED)
+            candidates = candidates.best(max(search.k, count))
             self._add_colbert(search, encoded, candidates)
         return candidates.best(search.k)
 
@@ -190,16 +185,20 @@ class BGEM3Retriever(BaseRetriever):
         version, count = passages.connection.version(), passages.collection.count()
         passages.weights.sync()
         lacking = count - len(passages.weights)
-        unchanged = version == passages.connection.version()  # else it was counted too early
-        if lacking > 0 and unchanged and not self._warned:
+        if lacking > 0 and version == passages.connection.version():  # else counted too early
+            self._warn_of(lacking, count, "lexical weights and score 0 lexically")
+        return passages.weights if len(passages.weights) else None
+
+    def _warn_of(self, lacking: int, count: int, what: str) -> None:
+        """Say once that passages lack something."""
+        if not self._warned:
             self._warned = True
             msg = (
-                f"{lacking:,} of {count:,} passages of the collection {passages.collection.name!r} "
-                "have no lexical weights and score 0 lexically. Complete them with "
-                "store.add_missing_weights(), or set the lexical weight to 0."
+                f"{lacking:,} of {count:,} passages of the collection "
+                f"{self._passages.collection.name!r} have no {what}. Complete them with "
+                "store.add_missing(), or set the weight of that score to 0."
             )
             warn_caller(msg)
-        return passages.weights if len(passages.weights) else None
 
     def _candidates(
         self, search: Search, encoded: M3Encoding, weights: LexicalWeights | None
@@ -214,157 +213,19 @@ class BGEM3Retriever(BaseRetriever):
             candidates.scores["lexical"] = scores.of(candidates.ids, candidates.texts)
         for signal, weight in zip(("dense", "lexical"), search.weights[:2], strict=True):
             if signal in candidates.scores:
-                candidates.fused += weight * standardized(candidates.scores[signal])
+                candidates.fuse(signal, weight, search.fusion)
         return candidates
 
     def _add_colbert(self, search: Search, encoded: M3Encoding, candidates: Candidates) -> None:
-        """Score candidates by MaxSim too, and add it to their fused score."""
-        if not candidates.ids:
-            return
-        passages = self._model.encode(candidates.texts, dense=False, colbert=True).colbert
-        scores = maxsim_scores(encoded.colbert[0], passages or [])  # type: ignore[index]
+        """Score candidates by MaxSim too."""
+        vectors = encoded.colbert[0]  # type: ignore[index]
+        scores, lacking = colbert_scores(
+            self._passages, self._model, vectors, candidates.ids, candidates.texts
+        )
+        if lacking and self._passages.colbert:
+            self._warn_of(lacking, len(scores), "ColBERT codes: theirs were computed now")
         candidates.scores["colbert"] = scores
-        candidates.fused += search.weights[2] * standardized(scores)
-
-
-@dataclass(frozen=True)
-class Search:
-    """What one call asks for.
-
-    Attributes:
-        query: The query.
-        k: How many documents.
-        count: How many candidates of each signal.
-        weights: Of the dense, lexical and ColBERT score.
-        where: Chroma's metadata filter.
-        where_document: Chroma's filter of texts.
-    """
-
-    query: str
-    k: int
-    count: int
-    weights: tuple[float, ...]
-    where: Mapping[str, Any] | None
-    where_document: Mapping[str, Any] | None
-
-    @property
-    def filters(self) -> dict[str, Any]:
-        """The filters as Chroma takes them; empty: there are none."""
-        filters = {"where": self.where, "where_document": self.where_document}
-        return {name: value for name, value in filters.items() if value}
-
-
-def lexical_best(collection: Collection, scores: LexicalScores, search: Search) -> list[str]:
-    """Ids of the passages with the highest lexical scores that pass the filters.
-
-    Args:
-        collection: Of the passages.
-        scores: Of all of them.
-        search: How many, and the filters.
-    """
-    if not search.filters:
-        return scores.ranked(search.count)
-    depth = search.count * _FILTERED_DEPTH
-    ranked = scores.ranked(depth)
-    if not ranked:
-        return []
-    passing = set(collection.get(ids=ranked, include=[], **search.filters)["ids"])
-    found = [passage for passage in ranked if passage in passing]
-    if len(found) < search.count and len(ranked) == depth:  # few pass: rank just those
-        all_passing = collection.get(include=[], **search.filters)["ids"]
-        found = scores.ranked(search.count, among=all_passing)
-    return found[: search.count]
-
-
-@dataclass
-class Candidates:
-    """`N` passages; every list and array has one entry each.
-
-    Attributes:
-        ids: Their ids in the collection.
-        texts: What is stored there.
-        metadatas: What is stored there.
-        fused: What they are ordered by, `(N,)`.
-        scores: Scores by signal, `(N,)` each.
-    """
-
-    ids: list[str]
-    texts: list[str]
-    metadatas: list[Mapping[str, Any]]
-    fused: NDArray[np.float32]
-    scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-
-    @classmethod
-    def nearest(cls, collection: Collection, vector: NDArray[np.float32], search: Search) -> Self:
-        """The passages with the nearest dense vectors.
-
-        Args:
-            collection: In cosine space.
-            vector: The query's, `(D,)`.
-            search: How many, and the filters.
-        """
-        found: Any = collection.query(
-            query_embeddings=[vector],  # type: ignore[arg-type]
-            n_results=search.count,
-            include=["documents", "metadatas", "distances"],
-            **search.filters,
-        )
-        columns = (found[name][0] for name in ("ids", "documents", "metadatas", "distances"))
-        # A passage without a text was deleted since the index was read.
-        rows = [row for row in zip(*columns, strict=True) if row[1] is not None]
-        made = cls(
-            [row[0] for row in rows],
-            [row[1] for row in rows],
-            [row[2] or {} for row in rows],
-            np.zeros(len(rows), np.float32),
-        )
-        made.scores["dense"] = 1 - np.array([row[3] for row in rows], np.float32)  # (N,)
-        return made
-
-    def add(self, collection: Collection, ids: Sequence[str], vector: NDArray[np.float32]) -> None:
-        """Add passages by their ids, those that are still stored."""
-        known = set(self.ids)
-        new = [passage for passage in ids if passage not in known]
-        if not new:
-            return
-        found: Any = collection.get(ids=new, include=["documents", "metadatas", "embeddings"])
-        if not found["ids"]:
-            return
-        self.ids += found["ids"]
-        self.texts += [text or "" for text in found["documents"]]
-        self.metadatas += [metadata or {} for metadata in found["metadatas"]]
-        dense = _cosines(np.asarray(found["embeddings"], np.float32), vector)
-        self.scores["dense"] = np.concatenate([self.scores["dense"], dense])  # (N,)
-        self.fused = np.zeros(len(self.ids), np.float32)  # (N,)
-
-    def best(self, count: int) -> Candidates:
-        """Those with the highest fused scores, the best first."""
-        order = np.argsort(-self.fused, kind="stable")[:count]  # (count,)
-        numbers = order.tolist()
-        return Candidates(
-            [self.ids[n] for n in numbers],
-            [self.texts[n] for n in numbers],
-            [self.metadatas[n] for n in numbers],
-            self.fused[order],
-            {signal: values[order] for signal, values in self.scores.items()},
-        )
-
-    def documents(self, *, scores: bool) -> list[Document]:
-        """As documents, with their scores in the metadata or without."""
-        named = {"fused": self.fused, **self.scores} if scores else {}
-        return [
-            Document(
-                text,
-                id=passage,
-                metadata={
-                    **metadata,
-                    **{score_key(name): float(v[n]) for name, v in named.items()},
-                },
-            )
-            for n, (passage, text, metadata) in enumerate(
-                zip(self.ids, self.texts, self.metadatas, strict=True)
-            )
-        ]
+        candidates.fuse("colbert", search.weights[2], search.fusion)
 
 
 def warn_caller(message: str) -> None:
@@ -380,10 +241,3 @@ def _at_least_one(name: str, value: int) -> int:
         msg = f"{name} is {value}. Ask for 1 or more."
         raise ValueError(msg)
     return value
-
-
-def _cosines(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cosines of `(N, D)` vectors and a `(D,)` one, `(N,)`; 0 where one has no length."""
-    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)  # (N,)
-    cosines: NDArray[np.float32] = vectors @ query / np.maximum(norms, np.float32(1e-12))  # (N,)
-    return cosines

@@ -17,7 +17,7 @@ from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense.chroma import index_documents, open_chroma
 from langchain_bge_dense.chroma.companions import Encoded
 from langchain_bge_dense.chroma.records import record
-from langchain_bge_dense.retriever import Search, lexical_best
+from langchain_bge_dense.chroma.search import Search, lexical_best
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -279,7 +279,7 @@ def test_lexical_candidates_are_all_that_pass_the_filter(
     query = {0: 1.0, 1: 0.5, 2: 0.25}
     exact = np.array([sum(w * row.get(t, 0) for t, w in query.items()) for row in lexical])
     exact[[number % share != 0 for number in range(count)]] = 0
-    search = Search("", 4, 50, (0, 1, 0), {"group": 0}, None)
+    search = Search("", 4, 50, (0, 1, 0), "standard", {"group": 0}, None)
     found = lexical_best(passages.collection, passages.weights.scores(query), search)
     order = np.argsort(-exact, kind="stable")[:50]
     expected = exact[order][exact[order] > 0]
@@ -322,7 +322,7 @@ def test_a_store_without_weights_works_and_says_so_once(small: BGEM3Embeddings) 
     documents = [Document(text) for text in (PART, *FILLER[:5])]
     index_documents(store, documents)
     retriever = BGEM3Retriever(scores=True, vectorstore=store, k=1)
-    message = r"6 of 6 passages .* 'plain' have no lexical .*add_missing_weights"
+    message = r"6 of 6 passages .* 'plain' have no lexical .*add_missing"
     with pytest.warns(UserWarning, match=message) as caught:
         assert texts(retriever, "spare part") == [PART]
     assert caught[0].filename == __file__
@@ -390,7 +390,7 @@ class TestBadInput:
         foreign = open_chroma(DeterministicFakeEmbedding(size=8), "foreign")
         with pytest.raises(ValidationError, match="DeterministicFakeEmbedding"):
             BGEM3Retriever(scores=True, vectorstore=foreign)
-        with pytest.raises(TypeError, match="gives no lexical weights"):
+        with pytest.raises(TypeError, match="gives dense vectors alone"):
             index_documents(foreign, [Document("a")], lexical=True)
 
     def test_no_store(self) -> None:

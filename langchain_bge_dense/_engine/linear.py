@@ -56,8 +56,8 @@ class LinearFactory:
             after_gelu: Whether x comes from GELU.
         """
         weight, bias = (part.detach().to(self._device) for part in (weight, bias))
-        layer = self._kind(weight, bias, self._state_dtype, gelu=gelu)
-        layer.after_gelu = after_gelu
+        layer: Linear = self._kind(weight, bias, self._state_dtype, gelu=gelu)
+        layer.after_gelu = after_gelu  # type: ignore[attr-defined]
         return layer
 
 

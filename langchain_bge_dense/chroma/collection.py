@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 FINGERPRINT = "embedding_fingerprint"
 DIMENSION = "embedding_dimension"
 LEXICAL = "lexical_weights"
+COLBERT = "colbert_codes"  # their kind
+COLBERT_POOLING = "colbert_pooling"
+COLBERT_MEAN = "colbert_mean"  # float16 in base64
 UID = "passages_uid"  # names what belongs to the passages; stays when the collection is compacted
 
 _SAME_COSINE = 0.99  # of one text by one model, in any dtype

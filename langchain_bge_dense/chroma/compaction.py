@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from chromadb.errors import NotFoundError
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from chromadb.api.models.Collection import Collection
 
-    from langchain_bge_dense.chroma.companions import Companion
     from langchain_bge_dense.chroma.connection import Connection
     from langchain_bge_dense.chroma.passages import Passages
     from langchain_bge_dense.chroma.store import BGEM3Chroma
@@ -86,7 +86,7 @@ def compact(store: BGEM3Chroma) -> CompactResult:
     with folder.named_errors() if folder else contextlib.nullcontext():
         ids = collection.get(include=[])["ids"]
         for companion in passages.companions:
-            _compact_companion(connection, companion, ids)
+            companion.compact(ids, partial(_replace, connection))
         _replace(connection, collection, lambda copy: _copy(collection, copy, ids))
     connection.reopen()
     if folder:
@@ -94,13 +94,6 @@ def compact(store: BGEM3Chroma) -> CompactResult:
     done = CompactResult(len(ids), before, folder.size() if folder else 0)
     logger.info("Compacted: %s", done)
     return done
-
-
-def _compact_companion(connection: Connection, companion: Companion, ids: list[str]) -> None:
-    collection = companion.collection()
-    if collection is not None and collection.count():
-        _replace(connection, collection, lambda copy: companion.write_compact(copy, ids))
-        companion.forget()
 
 
 def _replace(

@@ -1,7 +1,7 @@
 """What belongs to the passages of a collection beside their texts and vectors.
 
-Each kind is a second collection of the same database, so that it works wherever Chroma does and
-stays out of everybody's metadata. The store keeps all kinds in step with its documents: `add` comes
+Most kinds are a second collection of the same database, so that they work wherever Chroma does and
+stay out of everybody's metadata. The store keeps all kinds in step with its documents: `add` comes
 before a passage is stored and `remove` after it is deleted, so that a process killed in between
 leaves entries too many, which do no harm, and never too few.
 """
@@ -9,6 +9,7 @@ leaves entries too many, which do no harm, and never too few.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -17,12 +18,14 @@ from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from chromadb import Collection
     from numpy.typing import NDArray
 
     from langchain_bge_dense.chroma.connection import Connection
+
+    Replace = Callable[[Collection, Callable[[Collection], None]], None]
 
 _PAGE = 1_000  # passages looked up at once
 
@@ -35,11 +38,37 @@ class Encoded(NamedTuple):
     truncated_at: Sequence[int | None] | None = None
     """For each passage the `max_length` that cut it, 0 for the model's own; None: it is whole."""
     tokens: int = 0
+    colbert: Sequence[bytes] | None = None
+    """Codes of each passage."""
 
     @property
     def truncated(self) -> int:
         """How many passages were cut."""
         return sum(length is not None for length in self.truncated_at or ())
+
+    def select(self, rows: Sequence[int]) -> Encoded:
+        """What was made of some of the passages."""
+        columns: Any = (self.lexical, self.truncated_at, self.colbert)
+        lexical, cut, colbert = (column and [column[row] for row in rows] for column in columns)
+        return Encoded(self.vectors[list(rows)], lexical, cut, self.tokens, colbert)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
+        """What was made of the passages of several calls that asked for the same."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+
+        def column(values: Sequence[Any]) -> Any:
+            return None if values[0] is None else [row for part in values for row in part]
+
+        return cls(
+            np.concatenate([part.vectors for part in parts]),
+            column([part.lexical for part in parts]),
+            column([part.truncated_at for part in parts]),
+            sum(part.tokens for part in parts),
+            column([part.colbert for part in parts]),
+        )
 
 
 class Companion(ABC):
@@ -51,13 +80,11 @@ class Companion(ABC):
     """
 
     kind: ClassVar[str]
-    """Last part of its collection's name."""
+    """Last part of its name."""
 
     def __init__(self, connection: Connection, uid: str) -> None:
         self.connection = connection
         self.name = f"{uid}.{self.kind}"
-        self._opened: Collection | None = None
-        self._generation = -1
 
     @abstractmethod
     def add(self, ids: Sequence[str], texts: Sequence[str], encoded: Encoded) -> None:
@@ -68,11 +95,40 @@ class Companion(ABC):
         """Forget passages, after they were deleted."""
 
     @abstractmethod
+    def compact(self, ids: Sequence[str], replace: Replace) -> None:
+        """Forget all but these passages, and leave nothing of the others in any file.
+
+        Args:
+            ids: Of the passages that are stored.
+            replace: Puts a new collection, which a function fills, in the place of one.
+        """
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Delete all."""
+
+
+class CollectionCompanion(Companion):
+    """A companion that is a collection of the same database."""
+
+    def __init__(self, connection: Connection, uid: str) -> None:
+        super().__init__(connection, uid)
+        self._opened: Collection | None = None
+        self._generation = -1
+
+    @abstractmethod
     def write_compact(self, target: Collection, ids: Sequence[str]) -> None:
         """Write what belongs to these passages to a new collection; there are no others."""
 
+    def compact(self, ids: Sequence[str], replace: Replace) -> None:
+        """Write a new collection."""
+        collection = self.collection()
+        if collection is not None and collection.count():
+            replace(collection, lambda copy: self.write_compact(copy, ids))
+            self.forget()
+
     def drop(self) -> None:
-        """Delete all."""
+        """Delete the collection."""
         with contextlib.suppress(NotFoundError):
             self.connection.client.delete_collection(self.name)
         self.forget()
@@ -93,13 +149,24 @@ class Companion(ABC):
         columns: Any = {"ids": ids, "embeddings": no_vectors(len(ids)), "metadatas": metadatas}
         self.connection.write(collection, len(ids), lambda c: c.upsert(**columns))
 
+    def _delete(self, ids: Sequence[str]) -> None:
+        collection = self.collection()
+        if collection is not None and ids:
+            self.connection.write(collection, len(ids), lambda c: c.delete(ids=list(ids)))
+
+
+def text_hash(text: str) -> int:
+    """Sixty-four bits that tell whether a passage still is what its data was computed of."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
 
 def no_vectors(count: int) -> NDArray[np.float32]:
     """What Chroma stores as vectors where there are none, `(count, 1)`."""
     return np.ones((count, 1), np.float32)
 
 
-class Truncations(Companion):
+class Truncations(CollectionCompanion):
     """Which passages were cut, and where: more room makes them worth embedding again."""
 
     kind = "truncated"
@@ -123,10 +190,7 @@ class Truncations(Companion):
 
     def remove(self, ids: Sequence[str]) -> None:
         """Forget passages that are deleted, or whole by now."""
-        collection = self.collection()
-        stored = list(self.lengths(ids))
-        if collection is not None and stored:
-            self.connection.write(collection, len(stored), lambda c: c.delete(ids=stored))
+        self._delete(list(self.lengths(ids)))
 
     def write_compact(self, target: Collection, ids: Sequence[str]) -> None:
         """Write the lengths of passages that are stored."""

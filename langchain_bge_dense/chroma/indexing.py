@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from langchain_bge_dense.chroma.collection import DIMENSION, check, fingerprint_of
 from langchain_bge_dense.chroma.companions import Encoded
+from langchain_bge_dense.chroma.passages import Kept
 from langchain_bge_dense.chroma.records import record
 from langchain_bge_dense.chroma.store import BGEM3Chroma
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from numpy.typing import ArrayLike, NDArray
+
+    from langchain_bge_dense.chroma.records import Record
 
 logger = logging.getLogger(__name__)
 
@@ -109,17 +112,20 @@ def index_documents(
 
 def index_vectors(
     store: BGEM3Chroma,
-    embedded: Iterable[tuple[Document, ArrayLike]],
+    embedded: Iterable[tuple[Document, ArrayLike] | tuple[Document, ArrayLike, bytes]],
     *,
     fingerprint: str,
     batch_size: int = 256,
     show_progress: bool = False,
 ) -> IndexResult:
-    """`index_documents` with vectors computed elsewhere; they bring no lexical weights.
+    """`index_documents` with vectors computed elsewhere, by `embed_dataset` for example.
+
+    They bring no lexical weights, which `store.add_missing()` computes.
 
     Args:
         store: A store of `open_chroma`.
-        embedded: Any iterable of documents with their vectors, `(D,)` each.
+        embedded: Any iterable of documents with their vectors, `(D,)` each, and, for a store that
+            keeps ColBERT codes, with these.
         fingerprint: `BGEM3Embeddings.fingerprint` of what computed them, kept with the vectors.
         batch_size: Documents stored at once.
         show_progress: Show a bar over documents.
@@ -128,8 +134,8 @@ def index_vectors(
         Counts of what was added and skipped.
 
     Raises:
-        ValueError: The fingerprint is not the collection's, or a vector has another shape than its
-            vectors; otherwise as `index_documents`.
+        ValueError: The fingerprint is not the collection's, a vector has another shape than its
+            vectors, or codes are of another kind; otherwise as `index_documents`.
 
     Example:
         >>> from langchain_core.documents import Document
@@ -142,8 +148,8 @@ def index_vectors(
     run = Run(store, batch_size, fingerprint=fingerprint)
     with Bar(embedded, show=show_progress) as bar:
         for batch in batch_iterate(run.batch_size, embedded):
-            documents, vectors = zip(*batch, strict=True)
-            run.add(documents, vectors)
+            documents, *computed = zip(*batch, strict=True)
+            run.add(documents, *computed)
             bar.show(run.done)
         return bar.end(run.finish())
 
@@ -212,34 +218,54 @@ class Run:
         _check(store, batch_size)
         self._passages = passages = store._passages  # noqa: SLF001 - its own package's
         passages.connection.acquire_writer()
-        store._decide(lexical)  # noqa: SLF001
+        passages.keep(Kept(lexical))
         check(passages.collection, fingerprint or fingerprint_of(passages.embeddings))
         self._dimension: int | None = passages.collection.metadata.get(DIMENSION)
         self.batch_size = min(batch_size, passages.batch_size())
         self._added = self._seen = self._truncated = self._tokens = 0
 
-    def add(self, batch: Sequence[Document], vectors: Sequence[ArrayLike] | None = None) -> None:
+    def add(
+        self,
+        batch: Sequence[Document],
+        vectors: Sequence[ArrayLike] | None = None,
+        codes: Sequence[bytes] | None = None,
+    ) -> None:
         """Store those of the next documents that the collection lacks.
 
         Args:
             batch: The documents.
             vectors: Theirs; None: they are embedded here.
+            codes: Their ColBERT codes, if they come with any.
         """
         records = {r.id: r for r in map(record, batch, itertools.count(self._seen))}
         stored = self._passages.stored(list(records))
-        complete = self._passages.complete(list(records.values()), stored, weights=vectors is None)
+        kept = self._passages.kept if vectors is None else []
+        complete = self._passages.complete(list(records.values()), stored, kept)
         new = [r for r in records.values() if r.id not in complete]
         if new:
             encoded = (
                 self._passages.encode([r.text for r in new])
                 if vectors is None
-                else Encoded(np.stack([self._row(vectors, r.position) for r in new]))
+                else self._given(new, vectors, codes)
             )
             self._passages.write(new, encoded, stored)
             self._truncated += encoded.truncated
             self._tokens += encoded.tokens
         self._seen += len(batch)
         self._added += len(new)
+
+    def _given(
+        self, new: Sequence[Record], vectors: Sequence[ArrayLike], codes: Sequence[bytes] | None
+    ) -> Encoded:
+        """Vectors and codes of the caller's for records."""
+        rows = np.stack([self._row(vectors, r.position) for r in new])  # (N, D)
+        codec = self._passages.codec(create=True)
+        if codec is None or codes is None:
+            return Encoded(rows)
+        chosen = [codes[r.position - self._seen] for r in new]
+        for one in chosen:
+            codec.check(one)
+        return Encoded(rows, colbert=chosen)
 
     def _row(self, vectors: Sequence[ArrayLike], position: int) -> NDArray[np.float32]:
         """A vector of the caller's, `(D,)`."""

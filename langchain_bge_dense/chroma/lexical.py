@@ -8,7 +8,6 @@ inverted index in memory, and reads the entries that are new before a search.
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import threading
@@ -19,7 +18,7 @@ import numpy as np
 from chromadb.errors import NotFoundError
 from scipy import sparse
 
-from langchain_bge_dense.chroma.companions import Companion, no_vectors
+from langchain_bge_dense.chroma.companions import CollectionCompanion, no_vectors, text_hash
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -71,12 +70,6 @@ class Batch(NamedTuple):
         with np.load(io.BytesIO(base64.b64decode(packed)), allow_pickle=False) as arrays:
             names, *rest = (arrays[f"arr_{number}"] for number in range(len(cls._fields)))
         return cls(json.loads(names.tobytes()), *rest)
-
-
-def text_hash(text: str) -> int:
-    """Sixty-four bits that tell whether a passage still is what its weights were computed of."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def postings(batches: Sequence[Batch]) -> sparse.csr_array:
@@ -166,7 +159,7 @@ class LexicalScores(NamedTuple):
         return number if number is not None and number < len(self.values) else None
 
 
-class LexicalWeights(Companion):
+class LexicalWeights(CollectionCompanion):
     """Lexical weights of a store's passages, searchable; safe to use from several threads.
 
     Args:
@@ -271,8 +264,12 @@ class LexicalWeights(Companion):
     def __len__(self) -> int:
         return len(self._latest)
 
-    def has(self, passage: str, text: str) -> bool:
-        """Whether there are weights of a passage as its text is now."""
+    def present(self, ids: Sequence[str], texts: Sequence[str]) -> set[str]:
+        """Ids of the passages that have weights of their texts."""
+        self.sync()
+        return {p for p, text in zip(ids, texts, strict=True) if self._is_of(p, text)}
+
+    def _is_of(self, passage: str, text: str) -> bool:
         number = self._latest.get(passage)
         return number is not None and self._texts[number] == text_hash(text)
 

@@ -2,33 +2,112 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import uuid
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
-from langchain_bge_dense.chroma.collection import LEXICAL, UID, add_metadata, underlying
+from langchain_bge_dense._codes import KINDS, Codec
+from langchain_bge_dense.chroma.colbert import ColbertCodes
+from langchain_bge_dense.chroma.collection import (
+    COLBERT,
+    COLBERT_MEAN,
+    COLBERT_POOLING,
+    LEXICAL,
+    UID,
+    add_metadata,
+    underlying,
+)
 from langchain_bge_dense.chroma.companions import Companion, Encoded, Truncations
 from langchain_bge_dense.chroma.connection import COPY, retried
 from langchain_bge_dense.chroma.lexical import LexicalWeights
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from chromadb.api.models.Collection import Collection
     from langchain_core.embeddings import Embeddings
     from numpy.typing import NDArray
 
+    from langchain_bge_dense._codes import Kind
     from langchain_bge_dense.chroma.connection import Connection
     from langchain_bge_dense.chroma.records import Record
 
+_PAGE = 256  # passages completed at once
+_COLBERT_CHARACTERS = 1 << 16  # of texts encoded at once: at most as many tokens, of 4 KiB each
+
 Stored = dict[str, tuple[str, "Mapping[str, Any]"]]
 """Id to text and metadata."""
+
+
+class Kept(NamedTuple):
+    """What belongs to each passage of a collection; None: as the collection has it.
+
+    Attributes:
+        lexical: Lexical weights.
+        colbert: Kind of its ColBERT codes; False: it has none.
+        pooling: Tokens that share a ColBERT vector.
+    """
+
+    lexical: bool | None = None
+    colbert: Kind | Literal[False] | None = None
+    pooling: int = 1
+
+    @classmethod
+    def of(cls, lexical: bool | None, colbert: Kind | bool | None, pooling: int) -> Kept:
+        """What a caller asked for.
+
+        Raises:
+            ValueError: There are no such codes.
+        """
+        kinds = (None, True, False, *KINDS)
+        if colbert not in kinds or pooling < 1:
+            msg = (
+                f"colbert={colbert!r} with colbert_pooling={pooling} is not a way to keep ColBERT "
+                f"vectors. Use one of {kinds}, and a pooling of 1 or more tokens to a vector."
+            )
+            raise ValueError(msg)
+        return cls(lexical, "1bit" if colbert is True else colbert, pooling)
+
+    def check(self, embeddings: Embeddings) -> None:
+        """Refuse embeddings that do not give what is asked for.
+
+        Raises:
+            TypeError: They do not.
+        """
+        options = {"lexical=True": self.lexical, f"colbert={self.colbert!r}": self.colbert}
+        wanted = [option for option, value in options.items() if value]
+        if wanted and not isinstance(underlying(embeddings), BGEM3Embeddings):
+            msg = (
+                f"{' and '.join(wanted)} was asked for, and {type(embeddings).__name__} gives "
+                "dense vectors alone. Open the store with BGEM3Embeddings, or leave it out."
+            )
+            raise TypeError(msg)
+
+    def metadata(self) -> dict[str, Any]:
+        """As a new collection says it."""
+        codes = {COLBERT: self.colbert, COLBERT_POOLING: self.pooling} if self.colbert else {}
+        return {UID: uuid.uuid4().hex, LEXICAL: bool(self.lexical), **codes}
+
+    def refused_by(self, found: Kept) -> str:
+        """What of this a collection cannot follow; empty: it can."""
+        if self.lexical is False and found.lexical:
+            return "lexical=False"
+        same = self[1:] == found[1:]
+        if self.colbert is not None and found.colbert and not same:
+            return f"colbert={self.colbert!r} with colbert_pooling={self.pooling}"
+        return ""
+
+    def described(self) -> str:
+        """What a collection has, in words."""
+        codes = f"{self.colbert!r} ColBERT codes with colbert_pooling={self.pooling}"
+        return " and ".join(["lexical weights"] * bool(self.lexical) + [codes] * bool(self.colbert))
 
 
 class Passages:
@@ -51,12 +130,13 @@ class Passages:
     def _name_uid(self) -> None:
         metadata = self._collection.metadata or {}
         if UID not in metadata:
-            add_metadata(self._collection, **{UID: uuid.uuid4().hex, LEXICAL: False})
+            add_metadata(self._collection, **Kept().metadata())
             metadata = self._collection.metadata
         self.uid = str(metadata[UID])
         self.truncations = Truncations(self.connection, self.uid)
         self.weights = LexicalWeights(self.connection, self.uid)
-        self.companions: list[Companion] = [self.truncations, self.weights]
+        self.codes = ColbertCodes.of(self.connection, self.uid)
+        self.companions: list[Companion] = [self.truncations, self.weights, self.codes]
 
     @property
     def collection(self) -> Collection:
@@ -81,25 +161,73 @@ class Passages:
             self._name_uid()
 
     @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the collection says of its passages."""
+        return self._collection.metadata or {}
+
+    @property
     def lexical(self) -> bool:
         """Whether passages have lexical weights."""
-        return bool((self._collection.metadata or {}).get(LEXICAL))
+        return bool(self.metadata.get(LEXICAL))
 
-    def enable_lexical(self) -> None:
-        """Store lexical weights of the passages that are written from now on.
+    @property
+    def colbert(self) -> Kind | None:
+        """Kind of the ColBERT codes that passages have; None: they have none."""
+        return self.metadata.get(COLBERT) or None
+
+    @property
+    def kept(self) -> list[LexicalWeights | ColbertCodes]:
+        """What belongs to each passage of this collection."""
+        return [*[self.weights] * self.lexical, *[self.codes] * bool(self.colbert)]
+
+    def kept_metadata(self) -> dict[str, Any]:
+        """What a new collection says that keeps what this one keeps."""
+        settings = (LEXICAL, COLBERT, COLBERT_POOLING, COLBERT_MEAN)
+        kept = {key: self.metadata[key] for key in settings if key in self.metadata}
+        return {**Kept().metadata(), **kept}
+
+    def keep(self, wanted: Kept) -> None:
+        """Follow what was asked for of the passages that are written from now on.
 
         Raises:
-            TypeError: The embeddings give none.
+            TypeError: The embeddings give no such output.
+            ValueError: The collection keeps something else.
         """
-        if not isinstance(underlying(self.embeddings), BGEM3Embeddings):
+        found = Kept(self.lexical, self.colbert or False, self.metadata.get(COLBERT_POOLING, 1))
+        refused = wanted.refused_by(found)
+        if refused:
             msg = (
-                f"lexical=True was asked for, and {type(self.embeddings).__name__} gives no "
-                "lexical weights. Open the store with BGEM3Embeddings, or leave lexical out."
+                f"{refused} was asked for, and collection {self._collection.name!r} has "
+                f"{found.described()}. Leave it out, or take another collection_name."
             )
-            raise TypeError(msg)
-        if not self.lexical:
+            raise ValueError(msg)
+        wanted.check(self.embeddings)
+        self._set(**{LEXICAL: wanted.lexical or found.lexical})
+        if wanted.colbert:
+            self._set(**{COLBERT: wanted.colbert, COLBERT_POOLING: wanted.pooling})
+
+    def _set(self, **metadata: Any) -> None:
+        if metadata.items() - self.metadata.items():
             self.connection.acquire_writer()
-            add_metadata(self.collection, **{LEXICAL: True})
+            add_metadata(self.collection, **metadata)
+
+    def codec(self, *, create: bool = False) -> Codec | None:
+        """How ColBERT vectors are kept; None: they are not, or none was kept so far.
+
+        Args:
+            create: Decide it now, if it was not yet; for the process that writes.
+        """
+        if self.colbert is None:
+            return None
+        pooling = int(self.metadata[COLBERT_POOLING])
+        if COLBERT_MEAN not in self.metadata:
+            if not create:
+                return None
+            model: Any = underlying(self.embeddings)
+            mean = Codec.of(model, self.colbert).mean.astype(np.float16)
+            self._set(**{COLBERT_MEAN: base64.b64encode(mean.tobytes()).decode()})
+        stored = base64.b64decode(str(self.metadata[COLBERT_MEAN]))
+        return Codec(self.colbert, pooling, np.frombuffer(stored, np.float16).astype(np.float32))
 
     def stored(self, ids: Sequence[str]) -> Stored:
         """Texts and metadata of those passages that are stored."""
@@ -113,18 +241,23 @@ class Passages:
     def _get(self, **options: Any) -> Any:
         return retried(lambda: self.connection.read(lambda: self.collection.get(**options)))
 
-    def complete(self, records: Sequence[Record], stored: Stored, *, weights: bool) -> set[str]:
+    def complete(
+        self,
+        records: Sequence[Record],
+        stored: Stored,
+        kept: Sequence[LexicalWeights | ColbertCodes],
+    ) -> set[str]:
         """Ids of the records that are stored as they are, with all that belongs to them.
 
         Args:
             records: To be stored.
             stored: What is stored under their ids.
-            weights: Whether lexical weights would be stored with them.
+            kept: What would be stored with them.
         """
         equal = [r for r in records if r.id in stored and r.equals(*stored[r.id])]
-        if self.lexical and weights:
-            self.weights.sync()
-            equal = [r for r in equal if self.weights.has(r.id, r.text)]
+        for companion in kept:
+            present = companion.present([r.id for r in equal], [r.text for r in equal])
+            equal = [r for r in equal if r.id in present]
         lengths = self.truncations.lengths([r.id for r in equal])
         room = getattr(underlying(self.embeddings), "max_length", None)
         return {
@@ -133,15 +266,19 @@ class Passages:
             if not lengths.get(r.id) or (room is not None and room <= lengths[r.id])
         }
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Vectors of new passages, and their lexical weights where the collection has them."""
+    def encode(self, texts: Sequence[str], *, dense: bool = True) -> Encoded:
+        """Vectors of new passages, with the weights and codes that the collection keeps.
+
+        Args:
+            texts: N passages.
+            dense: Compute dense vectors; without, there are N of no width.
+        """
         model = underlying(self.embeddings)
-        if isinstance(model, BGEM3Embeddings) and (self.lexical or model is self.embeddings):
-            encoding: Any = model.encode(texts, lexical=self.lexical)
-            length = model.max_length or 0
-            cut = [length if truncated else None for truncated in encoding.truncated.tolist()]
-            tokens = int(encoding.token_counts.sum())
-            return Encoded(encoding.dense, encoding.lexical, cut, tokens)
+        codec = self.codec(create=True)
+        kept = self.lexical or codec is not None
+        if isinstance(model, BGEM3Embeddings) and (kept or model is self.embeddings):
+            parts = _neighbours(texts) if codec else [texts]
+            return Encoded.joined([self._encoded(model, part, codec, dense) for part in parts])
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused as non-finite
             vectors = np.asarray(self.embeddings.embed_documents(list(texts)), np.float32)  # (N, D)
         if len(vectors) != len(texts):
@@ -151,6 +288,23 @@ class Passages:
             )
             raise ValueError(msg)
         return Encoded(vectors)
+
+    def _encoded(
+        self,
+        model: BGEM3Embeddings,
+        texts: Sequence[str],
+        codec: Codec | None,
+        dense: bool,
+    ) -> Encoded:
+        encoding = model.encode(texts, dense=dense, lexical=self.lexical, colbert=bool(codec))
+        length = model.max_length or 0
+        return Encoded(
+            np.empty((len(texts), 0), np.float32) if encoding.dense is None else encoding.dense,
+            encoding.lexical,
+            [length if truncated else None for truncated in encoding.truncated.tolist()],
+            int(encoding.token_counts.sum()),
+            [codec.compress(vectors) for vectors in encoding.colbert or ()] if codec else None,
+        )
 
     def write(self, records: Sequence[Record], encoded: Encoded, stored: Stored) -> None:
         """Store passages in the place of those with their ids.
@@ -203,26 +357,33 @@ class Passages:
         self._collection = collection
         self._name_uid()
 
-    def add_missing_weights(self) -> int:
-        """Compute lexical weights for passages without; gives how many there were."""
+    def add_missing(self) -> int:
+        """Compute weights and codes of passages without; gives how many there were."""
         self.connection.acquire_writer()
-        self.weights.sync()
-        model: Any = underlying(self.embeddings)
         added = 0
-        ids = self._get(include=[])["ids"]
-        for batch in batch_iterate(256, ids):
-            stored = self.stored(batch)
-            texts = {
-                passage: text
-                for passage, (text, _) in stored.items()
-                if not self.weights.has(passage, text)
-            }
-            if texts:
-                weights = model.encode(list(texts.values()), dense=False, lexical=True).lexical
-                nothing = np.empty((len(texts), 0), np.float32)
-                self.weights.add(list(texts), list(texts.values()), Encoded(nothing, weights))
-            added += len(texts)
+        for batch in batch_iterate(_PAGE, self._get(include=[])["ids"]):
+            texts = {passage: text for passage, (text, _) in self.stored(batch).items()}
+            present = [kept.present(list(texts), list(texts.values())) for kept in self.kept]
+            lacking = [p for p in texts if not all(p in found for found in present)]
+            if lacking:
+                encoded = self.encode([texts[p] for p in lacking], dense=False)
+                for companion, found in zip(self.kept, present, strict=True):
+                    rows = [row for row, p in enumerate(lacking) if p not in found]
+                    ids = [lacking[row] for row in rows]
+                    companion.add(ids, [texts[p] for p in ids], encoded.select(rows))
+            added += len(lacking)
         return added
+
+
+def _neighbours(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Texts in runs whose ColBERT vectors fit into memory together."""
+    start = size = 0
+    for stop, text in enumerate(texts):
+        if size and size + len(text) > _COLBERT_CHARACTERS:
+            yield texts[start:stop]
+            start, size = stop, 0
+        size += len(text)
+    yield texts[start:]
 
 
 def _delete(collection: Collection, ids: list[str]) -> None:

@@ -9,6 +9,7 @@ another one has written since.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sqlite3
@@ -336,6 +337,8 @@ def _forget_parent() -> None:
     _inherited.extend(systems.pop(name) for name in local)
     _inherited.extend(_folders.values())
     _folders.clear()
+    if _inherited:
+        gc.freeze()  # the end of a garbage client of the parent's would wait for its threads
 
 
 if hasattr(os, "register_at_fork"):

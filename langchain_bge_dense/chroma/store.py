@@ -15,15 +15,13 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense.chroma.collection import (
-    LEXICAL,
-    UID,
     Identity,
     claim,
     cosine_configuration,
     require_cosine,
 )
 from langchain_bge_dense.chroma.connection import Connection, without_telemetry
-from langchain_bge_dense.chroma.passages import Passages
+from langchain_bge_dense.chroma.passages import Kept, Passages
 from langchain_bge_dense.chroma.records import Record, checked_metadata, record
 
 if TYPE_CHECKING:
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from chromadb.api import ClientAPI
     from chromadb.api.models.Collection import Collection
     from typing_extensions import Self
+
+    from langchain_bge_dense._codes import Kind
 
 _NAME = re.compile(r"(?!.*\.\.)[a-zA-Z0-9][a-zA-Z0-9._-]{1,510}[a-zA-Z0-9]")
 _CLIENT_OPTIONS = (
@@ -60,6 +60,8 @@ class BGEM3Chroma(Chroma):
         persist_directory: A folder, made if it does not exist.
         client: A Chroma client of your own, `chromadb.HttpClient(...)` for example.
         lexical: As in `open_chroma`.
+        colbert: As in `open_chroma`.
+        colbert_pooling: As in `open_chroma`.
         chroma_options: As in `open_chroma`.
 
     Example:
@@ -69,7 +71,7 @@ class BGEM3Chroma(Chroma):
         ['1']
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - those of `open_chroma`
         self,
         collection_name: str = "langchain",
         embedding_function: Embeddings | None = None,
@@ -77,16 +79,20 @@ class BGEM3Chroma(Chroma):
         *,
         client: ClientAPI | None = None,
         lexical: bool | None = None,
+        colbert: Kind | bool | None = None,
+        colbert_pooling: int = 1,
         **chroma_options: Any,
     ) -> None:
         embeddings = _checked(embedding_function, collection_name)
         options = {key: value for key, value in chroma_options.items() if value is not None}
         _check_places(persist_directory=persist_directory, client=client, **options)
+        kept = Kept.of(lexical, colbert, colbert_pooling)
+        kept.check(embeddings)
         identity = Identity.of(embeddings)
         given = options.pop("collection_metadata", {})
         require_cosine(given.get("hnsw:space", "cosine"), "collection_metadata")
         options |= {
-            "collection_metadata": {**given, **identity.metadata(), **_new_metadata(lexical)},
+            "collection_metadata": {**given, **identity.metadata(), **kept.metadata()},
             "collection_configuration": cosine_configuration(
                 options.pop("collection_configuration", None)
             ),
@@ -100,7 +106,7 @@ class BGEM3Chroma(Chroma):
             claim(collection, embeddings, identity)
             self._passages = Passages(connection, collection, embeddings)
             connection.seen()
-        self._decide(lexical)
+        self._passages.keep(kept)
 
     def _connected(
         self,
@@ -123,17 +129,6 @@ class BGEM3Chroma(Chroma):
                 **places,
             )
         return Connection.of(self._client)
-
-    def _decide(self, lexical: bool | None) -> None:
-        """Follow what was asked for of lexical weights."""
-        if lexical:
-            self._passages.enable_lexical()
-        elif lexical is False and self._passages.lexical:
-            msg = (
-                f"lexical=False was asked for, and collection {self._collection_name!r} has "
-                "lexical weights. Leave lexical out, or take another collection_name."
-            )
-            raise ValueError(msg)
 
     @property
     def _client(self) -> ClientAPI:
@@ -163,6 +158,16 @@ class BGEM3Chroma(Chroma):
             False
         """
         return self._passages.lexical
+
+    @property
+    def colbert(self) -> Kind | None:
+        """Kind of the collection's ColBERT codes, for `BGEM3Retriever`; None: it has none.
+
+        Example:
+            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").colbert
+        """
+        return self._passages.colbert
 
     @property
     def uid(self) -> str:
@@ -295,14 +300,14 @@ class BGEM3Chroma(Chroma):
         self._chroma_collection = None
 
     def reset_collection(self) -> None:
-        """Delete the collection and begin an empty one, with or without lexical weights as before.
+        """Delete the collection and begin an empty one, which keeps what this one kept.
 
         Example:
             >>> from langchain_core.embeddings import DeterministicFakeEmbedding
             >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").reset_collection()
         """
-        lexical = self._passages.lexical
-        self._collection_metadata = {**(self._collection_metadata or {}), **_new_metadata(lexical)}
+        kept = self._passages.kept_metadata()
+        self._collection_metadata = {**(self._collection_metadata or {}), **kept}
         super().reset_collection()
         self._passages.restart(self._chroma_collection)  # type: ignore[arg-type]
 
@@ -332,26 +337,23 @@ class BGEM3Chroma(Chroma):
             for passage, (text, metadata) in stored.items()
         ]
 
-    def add_missing_weights(self) -> int:
-        """Compute lexical weights for passages that have none, and store them.
+    def add_missing(self) -> int:
+        """Compute the lexical weights and ColBERT codes that passages lack, and store them.
 
-        Passages lack them that were stored before `lexical=True`, by `index_vectors`, or by a
-        `Chroma` that is not of `open_chroma`.
+        Passages lack them that were stored before the collection kept any, by `index_vectors`, or
+        by a `Chroma` that is not of `open_chroma`.
 
         Returns:
-            How many there were.
-
-        Raises:
-            TypeError: The embeddings give no lexical weights.
+            How many passages lacked any.
 
         Example:
-            >>> store = open_chroma(BGEM3Embeddings(model=checkpoint), "notes")
-            >>> _ = store.add_texts(["one"])
-            >>> store.add_missing_weights()
+            >>> with open_chroma(BGEM3Embeddings(model=checkpoint), "notes") as store:
+            ...     _ = store.add_texts(["one"])
+            ...     _ = index_documents(store, [], lexical=True)
+            ...     store.add_missing()
             1
         """
-        self._passages.enable_lexical()
-        return self._passages.add_missing_weights()
+        return self._passages.add_missing()
 
     def close(self) -> None:
         """Free Chroma's memory and files, and let other processes write to the folder.
@@ -376,13 +378,15 @@ class BGEM3Chroma(Chroma):
         self.close()
 
 
-def open_chroma(
+def open_chroma(  # noqa: PLR0913 - LangChain has more
     embeddings: Embeddings,
     collection_name: str = "langchain",
     *,
     persist_directory: str | os.PathLike[str] | None = None,
     client: ClientAPI | None = None,
     lexical: bool | None = None,
+    colbert: Kind | bool | None = None,
+    colbert_pooling: int = 1,
     **chroma_options: Any,
 ) -> BGEM3Chroma:
     """Open a collection in cosine space that holds vectors of these embeddings and of no others.
@@ -413,6 +417,10 @@ def open_chroma(
         client: A Chroma client of your own, `chromadb.HttpClient(...)` for example.
         lexical: Store lexical weights of the same forward pass too, for `BGEM3Retriever`. It is
             written to the collection; None: as the collection has it, False for a new one.
+        colbert: Keep ColBERT vectors of the same forward pass too, in codes of `"1bit"` (also
+            True), `"2bit"` or `"int8"` a dimension: for a passage of 200 tokens of BGE-M3 26, 52
+            or 205 KB. It is written to the collection; None: as the collection has it.
+        colbert_pooling: Tokens that share a vector on average; 2 halves the codes.
         chroma_options: Anything else for `langchain_chroma.Chroma`: `host`, `port`, `ssl`,
             `headers`, `tenant`, `database`, `collection_metadata`, `collection_configuration`...
 
@@ -420,7 +428,8 @@ def open_chroma(
         The store. Its relevance scores are cosines, clipped to 0..1.
 
     Raises:
-        TypeError: `embeddings` is not LangChain `Embeddings`, or gives no lexical weights.
+        TypeError: `embeddings` is not LangChain `Embeddings`, or gives no lexical weights or
+            ColBERT vectors.
         ValueError: The name is invalid, two places are given for the data, another space than
             cosine is asked for, or the collection has another space or another model's vectors.
         OSError: The folder could not be written to, or its index is damaged; the error says what
@@ -438,13 +447,10 @@ def open_chroma(
         persist_directory,
         client=client,
         lexical=lexical,
+        colbert=colbert,
+        colbert_pooling=colbert_pooling,
         **chroma_options,
     )
-
-
-def _new_metadata(lexical: object) -> dict[str, Any]:
-    """What a new collection says of its passages."""
-    return {UID: uuid.uuid4().hex, LEXICAL: bool(lexical)}
 
 
 def _relevance(distance: float) -> float:

@@ -157,7 +157,9 @@ def test_passages_without_weights_are_completed(tiny):
     store = open_chroma(tiny, "parts")
     store.add_texts(TEXTS)
     assert not store.lexical
-    assert store.add_missing_weights() == 3
+    assert store.add_missing() == 0
+    index_documents(store, [], lexical=True)
+    assert store.add_missing() == 3
     assert store.lexical
     assert lexical(store) == expected(tiny, TEXTS)
     vector = tiny.embed_query("part")
@@ -165,8 +167,8 @@ def test_passages_without_weights_are_completed(tiny):
     index_vectors(store, [(Document("a part"), vector)], fingerprint=tiny.fingerprint)
     with pytest.warns(UserWarning, match="1 of 4 passages"):
         lexical(store)
-    assert store.add_missing_weights() == 1
-    assert store.add_missing_weights() == 0
+    assert store.add_missing() == 1
+    assert store.add_missing() == 0
 
 
 def test_documents_changed_behind_it_are_indexed_again(store):

@@ -80,8 +80,8 @@ def test_a_text_changed_behind_the_stores_back_scores_zero(weights):
     add(weights, [{1: 1.0}])
     weights.sync()
     assert weights.scores({1: 1.0}).of(["0", "1"], ["another", "1"]).tolist() == [0.0, 0.0]
-    assert weights.has("0", "0")
-    assert not weights.has("0", "another")
+    assert weights.present(["0"], ["0"])
+    assert not weights.present(["0"], ["another"])
 
 
 def test_the_heaviest_tokens_count_where_postings_are_too_many(weights, monkeypatch):
