@@ -1,7 +1,8 @@
 """ColBERT vectors in few bits: codes of 1, 2 or 8 bits a dimension, and MaxSim from them.
 
 A token's vector is kept as `mean + scale * code`: one mean for all tokens of a model, one scale a
-token, and a code a dimension. The query is not compressed.
+token, and a code a dimension. The scale is the one by which the vector's product with itself is
+right, so that scores have no bias (RaBitQ, arXiv:2405.12497). The query is not compressed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
 Kind = Literal["1bit", "2bit", "int8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# Levels of the best quantiser of four levels for normally distributed numbers of variance 1, and
-# the threshold between them (J. Max, "Quantizing for minimum distortion", 1960, table I, N = 4).
-_INNER, _OUTER, _THRESHOLD = 0.4528, 1.5104, 0.9816
+# The best quantiser of normally distributed numbers of variance 1 to four levels has them at +-0.4528
+# and +-1.5104, 3 to 10, and changes between them at 0.9816 (J. Max, "Quantizing for minimum
+# distortion", 1960, table I, N = 4). So a code is its lowest level and what each bit adds to it.
+_THRESHOLD = 0.9816
+_LOWEST = {"1bit": -1, "2bit": -10, "int8": 0}
+_BITS = {"1bit": (2,), "2bit": (13, 7)}
 _PEAK = 127  # of int8 codes
-_SMALLEST_SCALE = 6e-8  # float16's own; a vector that equals the mean divides nothing by it
-_CHUNK = 1_024  # tokens unpacked at once: what they unpack to stays in the cache
+_SMALLEST = 1e-12  # of what is divided by: a vector that equals the mean has no residual
+_CHUNK = 2_048  # tokens unpacked at once
 _POOLED = 512  # tokens clustered at once: the time grows with their square
 
 # A mean over tokens of everyday sentences stands for that of all tokens of a model: it takes away
@@ -81,14 +85,18 @@ class Codec(NamedTuple):
             vectors: `(T, D)`, of unit length.
         """
         residuals = pooled(vectors, self.pooling) - self.mean  # (P, D)
-        scales, codes = _QUANTISERS[self.kind](residuals)  # (P, 1) and (P, B)
-        kind = bytes([KINDS.index(self.kind)])
-        return kind + scales.astype(np.float16).tobytes() + codes.tobytes()
+        packed = _QUANTISERS[self.kind](residuals)  # (P, B)
+        units = self._levels(packed)  # (P, D)
+        products = np.einsum("pd,pd->p", residuals, units)  # (P,)
+        squares = np.einsum("pd,pd->p", residuals, residuals)  # (P,)
+        scales = squares / np.maximum(products, _SMALLEST)  # (P,)
+        parts = (np.uint8(KINDS.index(self.kind)), scales.astype(np.float16), packed)
+        return b"".join(part.tobytes() for part in parts)
 
     def decompress(self, codes: bytes) -> NDArray[np.float32]:
         """Vectors of a passage as its codes have them, `(P, D)`."""
         scales, packed = self._parts(codes)
-        vectors: NDArray[np.float32] = self.mean + scales[:, None] * self._unpacked(packed)
+        vectors: NDArray[np.float32] = self.mean + scales[:, None] * self._levels(packed)
         return vectors  # (P, D)
 
     def check(self, codes: bytes) -> None:
@@ -118,18 +126,34 @@ class Codec(NamedTuple):
         if not passages:
             return np.empty(0, np.float32)
         parts = [self._parts(codes) for codes in passages]
-        lengths = [len(scales) for scales, _ in parts]
         scales = np.concatenate([scales for scales, _ in parts])  # (P,)
-        packed = np.concatenate([codes for _, codes in parts])  # (P, B)
-        products = np.empty((len(query), len(packed)), np.float32)  # (Q, P)
-        for start in range(0, len(packed), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            np.matmul(query, self._unpacked(packed[chunk]).T, out=products[:, chunk])
-        products *= scales
-        starts = np.cumsum([0, *lengths[:-1]])  # (N,)
-        best = np.maximum.reduceat(products, starts, axis=1)  # (Q, N)
-        scores: NDArray[np.float32] = best.mean(axis=0) + (query @ self.mean).mean()  # (N,)
+        products = self._products(np.concatenate([codes for _, codes in parts]), query)  # (P, Q)
+        products *= scales[:, None]
+        starts = np.cumsum([0, *(len(scales) for scales, _ in parts[:-1])])  # (N,)
+        best = np.maximum.reduceat(products, starts, axis=0)  # (N, Q)
+        scores: NDArray[np.float32] = best.mean(axis=1) + (query @ self.mean).mean()  # (N,)
         return scores
+
+    def _products(
+        self, packed: NDArray[np.uint8], query: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Products of codes with query vectors, `(P, Q)`: bits weigh what they add to a level."""
+        values = _BITS.get(self.kind, (1,))
+        weights = np.kron(query.T, np.array(values, np.float32)[:, None])  # (D bits, Q)
+        products = np.empty((len(packed), len(query)), np.float32)  # (P, Q)
+        numbers = np.empty((min(_CHUNK, len(packed)), len(weights)), np.float32)
+        for start in range(0, len(packed), _CHUNK):
+            rows = numbers[: len(packed) - start]
+            rows[:] = self._numbers(packed[start : start + _CHUNK])
+            np.matmul(rows, weights, out=products[start : start + _CHUNK])
+        products += _LOWEST[self.kind] * query.sum(axis=1)
+        return products
+
+    def _numbers(self, packed: NDArray[np.uint8]) -> NDArray[np.uint8 | np.int8]:
+        """Packed codes `(P, B)` as bits, `(P, D bits)`, or as integers of 8 bits."""
+        if self.kind == "int8":
+            return packed.view(np.int8)
+        return np.unpackbits(packed, axis=1, count=len(self.mean) * len(_BITS[self.kind]))
 
     @property
     def _width(self) -> int:
@@ -143,23 +167,24 @@ class Codec(NamedTuple):
         packed = np.frombuffer(codes, np.uint8, count * self._width, 1 + 2 * count)
         return scales, packed.reshape(count, self._width)
 
-    def _unpacked(self, packed: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _levels(self, packed: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Packed codes `(P, B)` as the numbers that a scale is multiplied by, `(P, D)`."""
-        if self.kind == "int8":
-            return packed.view(np.int8).astype(np.float32)
-        levels = _LEVELS[self.kind][packed]  # (P, B, codes of a byte)
-        return levels.reshape(len(packed), -1)[:, : len(self.mean)]
+        numbers = self._numbers(packed).reshape(len(packed), len(self.mean), -1)
+        values = np.array(_BITS.get(self.kind, (1,)), np.float32)
+        levels: NDArray[np.float32] = numbers @ values + np.float32(_LOWEST[self.kind])
+        return levels  # (P, D)
 
 
 def pooled(vectors: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
-    """Means of the most similar tokens, a `factor`-th of them (arXiv:2409.14683).
+    """Directions of the most similar tokens' means, a `factor`-th of them (arXiv:2409.14683).
 
     Args:
         vectors: Of a passage's tokens, `(T, D)`, of unit length.
         factor: Tokens per cluster on average.
 
     Returns:
-        Means of Ward's clusters, `(P, D)`; neighbours alone are clustered in long passages.
+        One vector of unit length for each of Ward's clusters, `(P, D)`; in long passages these are
+        of neighbouring tokens alone.
     """
     if factor == 1 or len(vectors) <= factor:
         return vectors
@@ -177,43 +202,27 @@ def _clustered(vectors: NDArray[np.float32], factor: int) -> NDArray[np.float32]
     labels = fcluster(tree, max(1, count // factor), "maxclust") - 1  # (T,)
     sums = np.zeros((labels.max() + 1, vectors.shape[1]), np.float32)  # (P, D)
     np.add.at(sums, labels, vectors)
-    means = sums / np.bincount(labels)[:, None]  # (P, D)
-    return means.astype(np.float32)
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)  # (P, 1)
+    unit: NDArray[np.float32] = sums / np.maximum(norms, np.float32(_SMALLEST))
+    return unit
 
 
-Quantised = tuple["NDArray[np.float32]", "NDArray[np.uint8]"]
+def _signs(residuals: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.packbits(residuals > 0, axis=1)
 
 
-def _signs(residuals: NDArray[np.float32]) -> Quantised:
-    scales = np.abs(residuals).mean(axis=1, keepdims=True)  # (P, 1)
-    return scales, np.packbits(residuals > 0, axis=1)
+def _four_levels(residuals: NDArray[np.float32]) -> NDArray[np.uint8]:
+    deviations = np.sqrt(np.square(residuals).mean(axis=1, keepdims=True))  # (P, 1)
+    positive, outer = residuals > 0, np.abs(residuals) > _THRESHOLD * deviations
+    bits = np.stack([positive, positive == outer], axis=2).reshape(len(residuals), -1)  # (P, 2 D)
+    return np.packbits(bits, axis=1)
 
 
-def _four_levels(residuals: NDArray[np.float32]) -> Quantised:
-    scales = np.sqrt(np.square(residuals).mean(axis=1, keepdims=True))  # (P, 1)
-    outer = np.abs(residuals) > _THRESHOLD * scales
-    bits = np.stack([residuals > 0, outer], axis=2).reshape(len(residuals), -1)  # (P, 2 D)
-    return scales, np.packbits(bits, axis=1)
+def _integers(residuals: NDArray[np.float32]) -> NDArray[np.uint8]:
+    steps = np.abs(residuals).max(axis=1, keepdims=True) / _PEAK  # (P, 1)
+    codes: NDArray[np.int8] = np.rint(residuals / np.maximum(steps, _SMALLEST)).astype(np.int8)
+    return codes.view(np.uint8)
 
 
-def _int8(residuals: NDArray[np.float32]) -> Quantised:
-    scales = np.abs(residuals).max(axis=1, keepdims=True) / _PEAK  # (P, 1)
-    scales = np.maximum(scales.astype(np.float16), _SMALLEST_SCALE).astype(np.float32)
-    return scales, np.clip(np.rint(residuals / scales), -_PEAK, _PEAK).astype(np.int8).view(
-        np.uint8
-    )
-
-
-_QUANTISERS = {"1bit": _signs, "2bit": _four_levels, "int8": _int8}
+_QUANTISERS = {"1bit": _signs, "2bit": _four_levels, "int8": _integers}
 _PER_BYTE = {"1bit": 8, "2bit": 4, "int8": 1}
-
-
-def _levels() -> dict[str, NDArray[np.float32]]:
-    """What each byte of codes unpacks to, `(256, codes of a byte)`."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # (256, 8)
-    signs = bits * np.float32(2) - 1
-    magnitudes = np.where(bits[:, 1::2], np.float32(_OUTER), np.float32(_INNER))  # (256, 4)
-    return {"1bit": signs, "2bit": signs[:, ::2] * magnitudes}
-
-
-_LEVELS = _levels()
