@@ -23,7 +23,9 @@ MODULES = [module.name for module in pkgutil.iter_modules(langchain_bge_dense.__
 RUN_EXAMPLES = """
 import doctest, sys
 import langchain_bge_dense.ray as module
-sys.exit(doctest.testmod(module, extraglobs={"checkpoint": sys.argv[1]}).failed)
+failed = doctest.testmod(module, extraglobs={"checkpoint": sys.argv[1]}).failed
+module.ray.shutdown()
+sys.exit(failed)
 """
 
 
