@@ -64,7 +64,7 @@ def test_the_examples_in_docstrings_run(
 
 
 def test_the_examples_of_ray_run(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """In a process of its own: Ray leaves its log open, which would fail whatever test runs then."""
+    """In a process of its own: Ray leaves its log open, which would fail a test that runs later."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", RUN_EXAMPLES, str(tiny_checkpoint)]
     done = subprocess.run(
