@@ -94,9 +94,10 @@ class BGEM3Chroma(Chroma):
         }
         connection = self._connected(persist_directory, client, options)
         with connection.exclusive():
-            stored = connection.collection(collection_name)
+            collection: Any = connection.collection(collection_name)
             super().__init__(collection_name, embeddings, client=connection.client, **options)
-            collection: Any = stored or connection.collection(collection_name)
+            if collection is None:  # a new one
+                collection = connection.collection(collection_name)
             claim(collection, embeddings, identity)
             self._passages = Passages(connection, collection, embeddings)
             connection.seen()
