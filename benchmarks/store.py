@@ -7,7 +7,8 @@
 Writing: random unit vectors of 1,024 numbers in batches of 256, by `upsert` of plain Chroma and by
 `index_vectors`, each in a process of its own; bytes are those that the process passed to the
 system's calls, from its own I/O counters. Kill: a process is killed where it has just persisted its
-index in part; then the collection is opened and asked once.
+index in part; then the collection is opened and asked once. Its index is built in haste, with fewer
+candidates for links than by default: its files have the size that they always have.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def fill_plain(folder: str, count: int) -> None:
         )
 
 
-def fill_safely(folder: str, count: int) -> None:
-    with open_chroma(EMBEDDINGS, "speed", persist_directory=folder) as store:
+def fill_safely(folder: str, count: int, **options: Any) -> None:
+    with open_chroma(EMBEDDINGS, "speed", persist_directory=folder, **options) as store:
         index_vectors(store, rows(count), fingerprint=fingerprint_of(EMBEDDINGS), batch_size=BATCH)
 
 
@@ -83,7 +84,8 @@ def fill_and_die(folder: str, count: int) -> None:
     """Fill a collection, and die in the last rewriting of its index, of which half is done."""
     from chromadb.api.models.Collection import Collection
 
-    fill_safely(folder, count)
+    hasty = {"collection_configuration": {"hnsw": {"ef_construction": 10}}}
+    fill_safely(folder, count, **hasty)
     upsert = Collection.upsert
 
     def upsert_and_die(self: Collection, *arguments: Any, **columns: Any) -> None:
@@ -103,7 +105,7 @@ def fill_and_die(folder: str, count: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     Collection.upsert = upsert_and_die  # type: ignore[method-assign]
-    fill_safely(folder, count + 3_000)
+    fill_safely(folder, count + 3_000, **hasty)
 
 
 def child(arguments: argparse.Namespace) -> None:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 Kind = Literal["1bit", "2bit", "int8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# The best quantiser of normally distributed numbers of variance 1 to four levels has them at +-0.4528
-# and +-1.5104, 3 to 10, and changes between them at 0.9816 (J. Max, "Quantizing for minimum
-# distortion", 1960, table I, N = 4). So a code is its lowest level and what each bit adds to it.
+# The best quantiser of normally distributed numbers of variance 1 to four levels has them at
+# 0.4528 and 1.5104 on each side, 3 to 10, and changes between them at 0.9816 (J. Max, "Quantizing
+# for minimum distortion", 1960, table I, N = 4). A code is the lowest level and what its bits add.
 _THRESHOLD = 0.9816
 _LOWEST = {"1bit": -1, "2bit": -10, "int8": 0}
 _BITS = {"1bit": (2,), "2bit": (13, 7)}

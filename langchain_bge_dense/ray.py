@@ -1,6 +1,6 @@
 """BGE-M3 over a Ray Data dataset, for corpora that outgrow one machine.
 
-Needs the extra `ray`. Knows no vector store: reading and writing are Ray's own.
+Needs the extra `ray`. Reading and writing are Ray's own.
 """
 
 from __future__ import annotations

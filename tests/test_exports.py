@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import os
 import pkgutil
 import subprocess
 import sys
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 EXPORTS = ["BGEM3Embeddings", "BGEM3Reranker", "BGEM3Retriever", "M3Encoding", "__version__"]
 MODULES = [module.name for module in pkgutil.iter_modules(langchain_bge_dense.__path__)]
+RUN_EXAMPLES = """
+import doctest, sys
+import langchain_bge_dense.ray as module
+failed = doctest.testmod(module, extraglobs={"checkpoint": sys.argv[1]}).failed
+module.ray.shutdown()
+sys.exit(failed)
+"""
 
 
 def test_the_exported_names() -> None:
@@ -42,7 +50,7 @@ def test_importing_loads_no_heavy_library() -> None:
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", sorted({*MODULES} - {"ray"}))
 def test_the_examples_in_docstrings_run(
     name: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -53,8 +61,16 @@ def test_the_examples_in_docstrings_run(
         "checkpoint": str(tiny_checkpoint),
     }
     assert doctest.testmod(module, extraglobs=given).failed == 0
-    if name == "ray":
-        module.ray.shutdown()
+
+
+def test_the_examples_of_ray_run(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """In a process of its own: Ray leaves its log open, which would fail a test that runs later."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", RUN_EXAMPLES, str(tiny_checkpoint)]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_public_method_has_an_example_or_names_its_twin() -> None:

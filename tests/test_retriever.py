@@ -17,7 +17,7 @@ from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense.chroma import index_documents, open_chroma
 from langchain_bge_dense.chroma.companions import Encoded
 from langchain_bge_dense.chroma.records import record
-from langchain_bge_dense.chroma.search import Search, lexical_best
+from langchain_bge_dense.chroma.search import Candidates, Search, lexical_best
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -213,14 +213,16 @@ def test_traces_name_model_and_store(store: Chroma, small: BGEM3Embeddings) -> N
     assert params["ls_embedding_model"] == small.model
 
 
-def test_the_fused_score_is_a_sum_of_standard_scores(store: Chroma) -> None:
-    weights = np.array([0.7, 0.2])
+@pytest.mark.parametrize("colbert", [False, True])
+def test_the_fused_score_is_a_sum_of_standard_scores(store: Chroma, colbert: bool) -> None:
+    weights = (0.7, 0.2, 0.4)
     retriever = BGEM3Retriever(
-        vectorstore=store, weights=(*weights, 0), k=100, fetch_k=100, scores=True
+        vectorstore=store, weights=weights, k=100, fetch_k=100, colbert=colbert, scores=True
     )
     found = [document.metadata for document in retriever.invoke("spare part ZB-2204")]
-    raw = np.array([[m["bge_m3_dense_score"], m["bge_m3_lexical_score"]] for m in found])
-    expected = ((raw - raw.mean(axis=0)) / raw.std(axis=0)) @ weights
+    signals = ["dense", "lexical", "colbert"][: 2 + colbert]
+    raw = np.array([[m[f"bge_m3_{signal}_score"] for signal in signals] for m in found])
+    expected = ((raw - raw.mean(axis=0)) / raw.std(axis=0)) @ weights[: len(signals)]
     fused = [metadata["bge_m3_fused_score"] for metadata in found]
     np.testing.assert_allclose(fused, expected, atol=1e-4)
 
@@ -246,12 +248,19 @@ def test_the_querys_instruction_counts(small: BGEM3Embeddings) -> None:
 
 def test_dense_scores_are_cosines_without_normalisation_too(small: BGEM3Embeddings) -> None:
     long = small.model_copy(update={"normalize": False})
-    store = filled(long, [*FILLER[:20], PART])
-    found = BGEM3Retriever(vectorstore=store, k=50, fetch_k=2, scores=True).invoke(PART)
-    assert found[0].page_content == PART
-    for document in found:
-        assert document.metadata["bge_m3_dense_score"] <= 1 + 1e-5
-    assert found[0].metadata["bge_m3_dense_score"] == pytest.approx(1, abs=1e-4)
+    collection = filled(long, [*FILLER[:20], PART])._passages.collection
+    vector = np.array(long.embed_query(PART), np.float32)
+    nearest = Candidates.nearest(collection, vector, Search(PART, 4, 50, (1, 0, 0), None, None))
+    assert nearest.scores["dense"][0] == pytest.approx(1, abs=1e-4)
+    by_words = Candidates.nearest(collection, vector, Search(PART, 4, 1, (1, 0, 0), None, None))
+    by_words.add(collection, nearest.ids, vector)
+    assert by_words.texts[0] == PART
+    assert len(by_words.ids) == 21
+    added, expected = (
+        dict(zip(found.ids, found.scores["dense"].tolist(), strict=True))
+        for found in (by_words, nearest)
+    )
+    assert added == {passage: pytest.approx(score, abs=1e-4) for passage, score in expected.items()}
 
 
 @pytest.mark.parametrize("share", [2, 20, 1_000])

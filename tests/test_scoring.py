@@ -9,9 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from langchain_bge_dense._scoring import (
+    SCORE_KEYS,
+    checked_weights,
     dense_scores,
     lexical_scores,
     maxsim_scores,
+    score_key,
+    standardized,
     weighted_mean,
 )
 
@@ -133,3 +137,43 @@ def test_weights_are_divided_by_their_sum():
     assert fused.tolist() == [0.75, 0.25]
     assert fused.dtype == np.float32
     assert weighted_mean(parts, (0, 2)).tolist() == [0.0, 1.0]
+
+
+def test_standard_scores_have_mean_0_and_deviation_1():
+    scores = standardized(np.array([0.2, 0.4, 0.9, 0.1], np.float32))
+    assert scores.dtype == np.float32
+    assert scores.mean() == pytest.approx(0, abs=1e-6)
+    assert scores.std() == pytest.approx(1, abs=1e-6)
+    assert np.argsort(scores).tolist() == [3, 0, 1, 2]
+    small = np.array([1, 1 + 4e-6], np.float32)  # a spread of about twice what counts as none
+    assert standardized(small).tolist() == pytest.approx([-1, 1])
+
+
+@pytest.mark.parametrize("scores", [[], [0.5], [0.5, 0.5], [0.3, np.nextafter(np.float32(0.3), 1)]])
+def test_scores_that_differ_by_rounding_alone_say_nothing(scores):
+    found = standardized(np.array(scores, np.float32))
+    assert found.tolist() == [0.0] * len(scores)
+    assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("weights", [(0.4, 0.2, 0.4), [1, 0, 0], np.array([0, 0, 2.5]), "123"])
+def test_weights_that_can_be_used(weights):
+    assert checked_weights(weights) == tuple(float(weight) for weight in weights)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [(1, 1), (1, 1, 1, 1), (-1, 1, 1), (0, 0, 0), (1, np.nan, 1), (1, 1, np.inf), "abc", None, 1],
+    ids=repr,
+)
+def test_weights_that_cannot_be_used_are_named(weights):
+    with pytest.raises(ValueError, match="Use three numbers of 0 or more") as error:
+        checked_weights(weights)
+    assert str(error.value).startswith(f"The weights are {weights!r}. ")
+    assert str(error.value).endswith("and ColBERT score, not all 0: (0.4, 0.2, 0.4) for example.")
+
+
+def test_keys_of_scores():
+    assert score_key("dense") == "bge_m3_dense_score"
+    names = ("dense", "lexical", "colbert", "fused", "relevance")
+    assert {score_key(name) for name in names} == SCORE_KEYS

@@ -194,8 +194,9 @@ def _reached(links: NDArray[np.uint32], counts: NDArray[np.int64], entry: int) -
     while len(front):
         reached[front] = True
         valid = np.arange(links.shape[1]) < counts[front, None]  # (F, L)
-        front = np.unique(links[front][valid])
-        front = front[~reached[front]]
+        linked = np.zeros(len(links), np.bool_)  # (N,)
+        linked[links[front][valid]] = True
+        front = np.flatnonzero(linked & ~reached)
     return reached
 
 

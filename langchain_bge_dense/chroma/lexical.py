@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _PAGE = 50  # entries read at once
 _ENTRY = 4_096  # passages of an entry that compaction writes
-_POSTINGS = 4_000_000  # scored per search and part, the query's heaviest tokens first
 _VOCABULARY = 1 << 18  # rows of a part, more where a token id asks for it
 
 
@@ -97,14 +96,11 @@ def part_scores(
 
     Args:
         part: What `postings` gave.
-        tokens: The query's, the heaviest first, `(Q,)`.
+        tokens: The query's, `(Q,)`.
         weights: Theirs, `(Q,)`.
     """
     known = tokens < part.shape[0]
-    tokens, weights = tokens[known], weights[known]
-    lengths = part.indptr[tokens + 1] - part.indptr[tokens]  # (Q,)
-    few = np.cumsum(lengths) <= _POSTINGS  # (Q,)
-    scores: NDArray[np.float32] = weights[few] @ part[tokens[few]]  # (N,)
+    scores: NDArray[np.float32] = weights[known] @ part[tokens[known]]  # (N,)
     return scores
 
 
@@ -277,13 +273,13 @@ class LexicalWeights(CollectionCompanion):
         """Lexical scores of all passages; 0 for those that were deleted.
 
         Args:
-            query: Token id to weight. Its heaviest tokens count first where postings are too many.
+            query: Token id to weight.
         """
         with self._lock:
             parts, alive = self._parts, self._alive
             tables = (self._ids, self._texts, self._latest)
-        tokens = np.array(sorted(query, key=lambda token: -query[token]), np.int64)  # (Q,)
-        weights = np.array([query[token] for token in tokens.tolist()], np.float32)  # (Q,)
+        tokens = np.array(list(query), np.int64)  # (Q,)
+        weights = np.array(list(query.values()), np.float32)  # (Q,)
         found = [np.empty(0, np.float32), *(part_scores(part, tokens, weights) for part in parts)]
         return LexicalScores(np.concatenate(found) * alive, *tables)
 

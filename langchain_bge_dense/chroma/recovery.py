@@ -343,9 +343,3 @@ def _forget_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_parent)
-
-
-def local_path(client: ClientAPI) -> str | None:
-    """The folder of a client whose Chroma is in this process and on disk."""
-    settings = client.get_settings()
-    return settings.persist_directory if settings.is_persistent else None

@@ -100,9 +100,10 @@ class BGEM3Chroma(Chroma):
         }
         connection = self._connected(persist_directory, client, options)
         with connection.exclusive():
-            connection.collection(collection_name)
-            super().__init__(collection_name, embeddings, client=connection.client, **options)
             collection: Any = connection.collection(collection_name)
+            super().__init__(collection_name, embeddings, client=connection.client, **options)
+            if collection is None:  # a new one
+                collection = connection.collection(collection_name)
             claim(collection, embeddings, identity)
             self._passages = Passages(connection, collection, embeddings)
             connection.seen()

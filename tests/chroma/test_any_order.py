@@ -29,10 +29,11 @@ DOCUMENTS = st.dictionaries(IDS, TEXTS, min_size=1, max_size=4)
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """A hybrid store, and the texts by id that it has to hold."""
+    """A store, and the texts by id that it has to hold."""
 
     embeddings: ClassVar[BGEM3Embeddings]
     place: ClassVar[dict[str, Any]] = {}
+    lexical: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def opened(self):
         place = self.place or {"persist_directory": self.folder}
-        return open_chroma(self.embeddings, "any-order", lexical=True, **place)
+        return open_chroma(self.embeddings, "any-order", lexical=self.lexical, **place)
 
     @rule(documents=DOCUMENTS)
     def add(self, documents: dict[str, str]) -> None:
@@ -107,6 +108,12 @@ class AnyOrder(RuleBasedStateMachine):
         dense, lexical = self.brute_force(query)
         nearest = self.store.similarity_search_with_score(query, k=100)
         assert {d.id: pytest.approx(1 - score, abs=1e-3) for d, score in nearest} == dense
+        if self.lexical:
+            self.search_by_both(query, dense, lexical)
+
+    def search_by_both(
+        self, query: str, dense: dict[str, float], lexical: dict[str, float]
+    ) -> None:
         retriever = BGEM3Retriever(vectorstore=self.store, k=100, scores=True)
         found = {d.id: d.metadata for d in retriever.invoke(query)}
         assert {k: pytest.approx(m["bge_m3_dense_score"], abs=1e-3) for k, m in found.items()} == (
@@ -149,11 +156,14 @@ def run(machine: type[AnyOrder], examples: int) -> None:
     machine.TestCase("runTest").runTest()
 
 
-def test_local(tiny):
-    run(type("Local", (AnyOrder,), {"embeddings": tiny}), 15)
+@pytest.mark.parametrize(("lexical", "examples"), [(True, 15), (False, 8)])
+def test_local(tiny, lexical, examples):
+    run(type("Local", (AnyOrder,), {"embeddings": tiny, "lexical": lexical}), examples)
 
 
-def test_on_a_server(tiny, tmp_path):
+@pytest.mark.parametrize(("lexical", "examples"), [(True, 6), (False, 3)])
+def test_on_a_server(tiny, tmp_path, lexical, examples):
     with ChromaServer(tmp_path / "server") as server:
         place = {"host": server.host, "port": server.port}
-        run(type("Server", (AnyOrder,), {"embeddings": tiny, "place": place}), 6)
+        fields = {"embeddings": tiny, "place": place, "lexical": lexical}
+        run(type("Server", (AnyOrder,), fields), examples)

@@ -91,6 +91,9 @@ def test_a_reader_sees_what_another_process_writes(tiny, tiny_checkpoint, tmp_pa
         assert "x" in {d.id for d in retriever.invoke("part x")}
         with pytest.raises(RuntimeError, match="Another process has indexed"):
             store.add_texts(["mine"])
+        opened = store._passages.connection.generation
+        assert len(retriever.invoke("part x")) == 6
+        assert store._passages.connection.generation == opened  # nothing new was to be read
         writer.run("store.close()")
         store.add_texts(["mine"])
         assert len(store.similarity_search("part", k=100)) == 7

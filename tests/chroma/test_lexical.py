@@ -84,14 +84,6 @@ def test_a_text_changed_behind_the_stores_back_scores_zero(weights):
     assert not weights.present(["0"], ["another"])
 
 
-def test_the_heaviest_tokens_count_where_postings_are_too_many(weights, monkeypatch):
-    add(weights, [{1: 1.0, 2: 1.0}, {1: 1.0}, {3: 1.0}])
-    weights.sync()
-    monkeypatch.setattr(lexical, "_POSTINGS", 2)
-    query = {1: 0.5, 2: 1.0, 3: 0.75}
-    assert weights.scores(query).values.tolist() == [1.0, 0.0, 0.75]
-
-
 def test_large_token_ids(weights):
     add(weights, [{5: 1.0}])
     weights.sync()

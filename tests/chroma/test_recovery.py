@@ -178,6 +178,22 @@ def test_a_client_of_the_caller_is_guarded_too(tmp_path):
     assert first.returncode == 1
 
 
+def test_what_is_reported_as_added_is_on_the_disk(tmp_path, monkeypatch):
+    synced = set()
+    fsync = os.fsync
+
+    def watched(descriptor):
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    with open_chroma(HashedEmbeddings(), persist_directory=tmp_path) as store:
+        monkeypatch.setattr(os, "fsync", watched)
+        index_documents(store, [Document(str(number)) for number in range(1_024)])
+        files = [tmp_path / "chroma.sqlite3", *tmp_path.glob("*/*.*")]
+        assert len(files) > 4
+        assert {file.stat().st_ino for file in files} <= synced
+
+
 def test_no_room_for_a_backup(tmp_path, monkeypatch):
     store = open_chroma(HashedEmbeddings(), persist_directory=tmp_path)
     documents = [Document(str(number)) for number in range(1_200)]
@@ -277,6 +293,21 @@ class TestRepair:
         assert hnsw._reached(links, counts, 0).tolist() == [True, True, False, False]
         hnsw._connect(links, counts, 0)
         assert hnsw._reached(links, counts, 0).all()
+
+    def test_a_vector_that_the_links_of_an_unfinished_write_led_to(self, tmp_path):
+        """Only a new vector, which the old header does not count, led to vector 2."""
+        header = hnsw.Header(1, 0, 4, 3, 40, 24, 32, 0, 0, 4, 4, 2, 1.0, 10)
+        elements = np.zeros(4, header.layout())
+        for number, links in enumerate(([1, 3], [0], [0], [2])):
+            elements[number]["count"], elements[number]["label"] = len(links), number
+            elements[number]["links"][: len(links)] = links
+        file = tmp_path / hnsw.LEVEL_0
+        file.write_bytes(elements.tobytes())
+        hnsw._repair(file, header, np.arange(3, dtype=np.uint64))
+        repaired = np.fromfile(file, header.layout())[:3]
+        links, counts = repaired["links"], repaired["count"].astype(np.int64)
+        assert hnsw._reached(links, counts, 0).all()
+        assert all(links[row, : counts[row]].max() < 3 for row in range(3))
 
     def test_ids_are_read_without_running_anything(self, tmp_path):
         (tmp_path / "ids").write_bytes(pickle.dumps(os.getcwd))
