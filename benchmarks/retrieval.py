@@ -23,27 +23,21 @@ import sysconfig
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from beir_format import MEASURES, RetrievalSet, measures, write
+from candidates import CALLERS, FETCH, FUSIONS, Candidates, Setting, default, rankings
 from common import finish, machine, median_seconds, show, text_of
 from langchain_core.documents import Document
 from quality import read, small
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
-from langchain_bge_dense._scoring import maxsim_scores, score_key
 from langchain_bge_dense.chroma import index_documents, open_chroma
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from numpy.typing import NDArray
-
-    from langchain_bge_dense.chroma import BGEM3Chroma
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -56,15 +50,10 @@ PUBLISHED = {
     "narrativeqa": ("nDCG@10", (48.7, 57.5, 55.4, 60.1, 61.7)),
 }
 TIMED = 10  # queries whose ColBERT vectors are computed at query time: it takes seconds
-FETCH = 100  # candidates of each of the dense and the lexical signal
-TRACE = 1e-9  # a weight that has a signal scored, and changes no order
-BATCH = 256
-CALLERS = 16  # that wait together share a forward pass
-FUSIONS = ("standard", "raw", "rrf")
+NAMED = ((0.4, 0.2, 1), (0.4, 0.2, 0.4))  # the retriever's, and those of the model's authors
+SINGLE = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 DEPTHS = (20, 50, 100)  # candidates that ColBERT scores
 DEPTH = 50
-RRF_K = 60
-SHOWN = 10
 PASSAGES = 500
 
 
@@ -90,138 +79,16 @@ def convert(arguments: argparse.Namespace) -> None:
     write(arguments.folder / "docstrings", *docstrings(600))
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """What dense and lexical search find for `Q` queries, at most `C` for each, best dense first.
-
-    Attributes:
-        ids: Passage ids, by query.
-        scores: Dense, lexical and exact ColBERT score, `(3, Q, C)`; NaN where a query has fewer.
-    """
-
-    ids: list[list[str]]
-    scores: NDArray[np.float32]
-
-    @classmethod
-    def of(cls, store: BGEM3Chroma, queries: list[str]) -> Candidates:
-        """The best `FETCH` passages of each signal, their ColBERT scores computed anew."""
-        found = candidates(store, queries)
-        scores = np.full((3, len(found), max(map(len, found))), np.nan, np.float32)  # (3, Q, C)
-        for row, passages in enumerate(found):
-            scores[:2, row, : len(passages)] = [
-                [document.metadata[score_key(signal)] for document in passages.values()]
-                for signal in ("dense", "lexical")
-            ]
-        ids = [list(passages) for passages in found]
-        texts = {key: d.page_content for passages in found for key, d in passages.items()}
-        add_colbert(store.embeddings, queries, texts, ids, scores[2])
-        return cls(ids, scores)
-
-
-def candidates(store: BGEM3Chroma, queries: list[str]) -> list[dict[str, Any]]:
-    """Documents by id with dense and lexical scores, best dense first, of each query."""
-    retriever = BGEM3Retriever(vectorstore=store, k=FETCH, fetch_k=FETCH, scores=True)
-    by_signal = [
-        retriever.batch(queries, {"max_concurrency": CALLERS}, weights=weights)
-        for weights in ((1, TRACE, 0), (TRACE, 1, 0))
-    ]
-    return [
-        {d.id: d for d in sorted(chain(*lists), key=lambda d: -d.metadata[score_key("dense")])}
-        for lists in zip(*by_signal, strict=True)
-    ]
-
-
-def add_colbert(
-    embeddings: Any,
-    queries: list[str],
-    texts: dict[str, str],
-    ids: list[list[str]],
-    scores: NDArray[np.float32],
-) -> None:
-    """Write MaxSim scores into `(Q, C)`; each passage is encoded once, a batch at a time."""
-    encoded = embeddings.encode(
-        queries, dense=False, colbert=True, instruction=embeddings.query_instruction
-    ).colbert
-    asked: dict[str, list[tuple[int, int]]] = {passage: [] for passage in texts}
-    for row, passages in enumerate(ids):
-        for column, passage in enumerate(passages):
-            asked[passage].append((row, column))
-    for batch in batches(list(texts), BATCH):
-        vectors = embeddings.encode([texts[key] for key in batch], dense=False, colbert=True)
-        for passage, tokens in zip(batch, vectors.colbert, strict=True):
-            for row, column in asked[passage]:
-                scores[row, column] = maxsim_scores(encoded[row], [tokens])[0]
-
-
-def batches(items: list[str], size: int) -> Iterator[list[str]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def fused(
-    scores: NDArray[np.float32], weights: tuple[float, float, float], fusion: str, depth: int
-) -> NDArray[np.float32]:
-    """What `BGEM3Retriever` orders candidates by, `(Q, C)`; -inf for those that it drops.
-
-    Args:
-        scores: Of the three signals, `(3, Q, C)`.
-        weights: Of the three signals.
-        fusion: Brings scores to one scale.
-        depth: Candidates that ColBERT scores, the best of dense and lexical.
-    """
-    dense, lexical, colbert = scores
-    fetch = max(50, depth)
-    found = descending_ranks(dense) < fetch  # (Q, C)
-    if weights[1]:
-        found |= descending_ranks(lexical) < fetch
-    parts = [
-        weight * scaled(np.where(found, signal, np.nan), fusion)
-        for signal, weight in zip((dense, lexical), weights[:2], strict=True)
-    ]
-    total = np.where(found, sum(parts), -np.inf)  # (Q, C)
-    if weights[2]:
-        scored = found & (descending_ranks(total) < depth)
-        total += weights[2] * scaled(np.where(scored, colbert, np.nan), fusion)
-        total = np.where(scored, total, -np.inf)
-    return total
-
-
-def scaled(scores: NDArray[np.float32], fusion: str) -> NDArray[np.float32]:
-    """Scores `(Q, C)` on the scale of a fusion; NaN stays NaN."""
-    if fusion == "raw":
-        return scores
-    if fusion == "rrf":
-        return np.where(np.isnan(scores), np.nan, 1 / (RRF_K + 1 + descending_ranks(scores)))
-    spread = np.maximum(np.nanstd(scores, axis=1, keepdims=True), 1e-6)  # (Q, 1)
-    return (scores - np.nanmean(scores, axis=1, keepdims=True)) / spread
-
-
-def descending_ranks(scores: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Rank of each score in its row, from 0, `(Q, C)`; NaN comes last."""
-    order = np.argsort(-scores, axis=1, kind="stable")
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(scores.shape[1])[None], axis=1)
-    return ranks
-
-
-def ranked(ids: list[list[str]], total: NDArray[np.float32], most: int) -> list[list[str]]:
-    """Passage ids by fused score, the best first, `most` of each query."""
-    order = np.argsort(-total, axis=1, kind="stable")[:, :most]  # (Q, most)
-    return [
-        [passages[n] for n in row if n < len(passages) and scores[n] > -np.inf]
-        for passages, row, scores in zip(ids, order.tolist(), total, strict=True)
-    ]
-
-
-def grid() -> Iterator[tuple[str, int, tuple[float, float, float]]]:
-    """Fusion, depth and weights that sum to 1, in steps of a tenth."""
-    weights = [
+def grid() -> Iterator[Setting]:
+    """Fusion, depth and weights: the retriever's, the authors', and all in steps of a tenth."""
+    tenths = [
         (dense / 10, lexical / 10, (10 - dense - lexical) / 10)
         for dense in range(11)
         for lexical in range(11 - dense)
     ]
-    for fusion, depth, chosen in product(FUSIONS, DEPTHS, weights):
+    for fusion, depth, chosen in product(FUSIONS, DEPTHS, [*NAMED, *tenths]):
         if chosen[2] or depth == DEPTHS[0]:  # without ColBERT there is no depth
-            yield fusion, depth, chosen
+            yield Setting(fusion, depth, chosen)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -248,9 +115,7 @@ def embeddings_of(arguments: argparse.Namespace) -> BGEM3Embeddings:
 def filled(embeddings: Any, texts: RetrievalSet, **options: Any) -> Iterator[tuple[Any, int]]:
     """A store of the set's passages in a folder, and the bytes that it takes there, a passage."""
     with tempfile.TemporaryDirectory() as folder:
-        store = open_chroma(
-            embeddings, texts.name, persist_directory=folder, lexical=True, **options
-        )
+        store = open_chroma(embeddings, persist_directory=folder, lexical=True, **options)
         index_documents(store, texts.documents())
         count = len(store.get(include=[])["ids"])
         yield store, size_of(Path(folder)) // count
@@ -298,17 +163,12 @@ def options_of(codes: str) -> dict[str, Any]:
     return {"colbert": kind or None, "colbert_pooling": int(pooling or 1)}
 
 
-def with_colbert(store: Any, weights: tuple[float, float, float]) -> BGEM3Retriever:
+def with_colbert(store: Any, weights: tuple[float, ...]) -> BGEM3Retriever:
     return BGEM3Retriever(vectorstore=store, k=10, weights=weights, colbert=True, colbert_k=DEPTH)
 
 
-def colbert_weights() -> dict[str, tuple[float, float, float]]:
+def colbert_weights() -> dict[str, tuple[float, ...]]:
     return {"ColBERT": (0, 0, 1), "all three": default("weights")}
-
-
-def default(field: str) -> Any:
-    """What `BGEM3Retriever` takes when nobody says."""
-    return BGEM3Retriever.model_fields[field].default
 
 
 def search(retriever: BGEM3Retriever, texts: RetrievalSet) -> dict[str, float]:
@@ -341,17 +201,11 @@ def median_ms(retriever: BGEM3Retriever, questions: list[str]) -> float:
     return median_seconds(lambda: retriever.invoke(next(remaining)), len(questions)) * 1e3
 
 
-def exact(
-    texts: RetrievalSet, found: Candidates, weights: tuple[float, float, float]
-) -> dict[str, float]:
-    """What the retriever would find with vectors computed at query time."""
-    rankings = {
-        depth: ranked(found.ids, fused(found.scores, weights, default("fusion"), depth), depth)
-        for depth in (DEPTH, 100)
-    }
+def exact(texts: RetrievalSet, found: Candidates, weights: tuple[float, ...]) -> dict[str, float]:
+    """What the retriever finds with vectors computed at query time."""
     first, hundred = (
-        measures(texts.relevant, dict(zip(texts.queries, lists, strict=True)))
-        for lists in rankings.values()
+        measures(texts.relevant, rankings(texts, found, Setting(FUSIONS[0], depth, weights), depth))
+        for depth in (DEPTH, FETCH)
     )
     return {**first, "R@100": hundred["R@100"]}
 
@@ -379,45 +233,43 @@ def weights(arguments: argparse.Namespace) -> None:
     """Find the weights, fusion and depth that put the right passages first."""
     print(machine() + "\n")
     embeddings = embeddings_of(arguments)
-    results: dict[str, dict[str, dict[str, float]]] = {}
+    results: dict[str, dict[Setting, dict[str, float]]] = {}
     for folder in arguments.folders:
         texts = RetrievalSet.read(folder, arguments.split)
         with filled(embeddings, texts) as (store, _):
             found = Candidates.of(store, list(texts.queries.values()))
         results[texts.name] = {
-            name_of(*setting): score(texts, found, *setting) for setting in grid()
+            setting: measures(texts.relevant, rankings(texts, found, setting, 10))
+            for setting in grid()
         }
     show_weights(results)
-    finish("weights", results)
+    named = {
+        name: {str(setting): row for setting, row in rows.items()} for name, rows in results.items()
+    }
+    finish("weights", named)
 
 
-def show_weights(results: dict[str, dict[str, dict[str, float]]]) -> None:
-    """The settings with the highest nDCG@10, on average over the sets and on each."""
-    names = list(next(iter(results.values())))
-    mean = {name: np.mean([rows[name]["nDCG@10"] for rows in results.values()]) for name in names}
-    best = sorted(names, key=lambda name: -mean[name])[:SHOWN]
-    for rows in results.values():
-        best += sorted(names, key=lambda name: -rows[name]["nDCG@10"])[:3]
+def show_weights(results: dict[str, dict[Setting, dict[str, float]]]) -> None:
+    """The best of each fusion and depth, the best of each set, and those with a name."""
+
+    def ndcg(setting: Setting) -> float:
+        return statistics.mean(rows[setting]["nDCG@10"] for rows in results.values())
+
+    settings = sorted(grid(), key=ndcg, reverse=True)
+    shown = [next(s for s in settings if s[:2] == kind) for kind in product(FUSIONS, DEPTHS)]
+    two = [setting for setting in settings if not setting.weights[2]]
+    shown += [next(s for s in two if s.fusion == fusion) for fusion in FUSIONS]
+    shown += [max(settings, key=lambda s: rows[s]["nDCG@10"]) for rows in results.values()]
+    shown += [Setting("standard", DEPTH, named) for named in (*NAMED, *SINGLE)]
     table = [
-        [name, *(f"{rows[name][m]:.4f}" for rows in results.values() for m in ("nDCG@10", "R@1"))]
-        for name in dict.fromkeys(best)
+        [
+            str(setting),
+            *(f"{rows[setting][m]:.4f}" for rows in results.values() for m in ("nDCG@10", "R@1")),
+        ]
+        for setting in dict.fromkeys(shown)
     ]
-    show(["setting", *(f"{name}: {m}" for name in results for m in ("nDCG@10", "R@1"))], table)
-
-
-def name_of(fusion: str, depth: int, weights: tuple[float, float, float]) -> str:
-    return f"{fusion}, {' / '.join(f'{weight:g}' for weight in weights)}, depth {depth}"
-
-
-def score(
-    texts: RetrievalSet,
-    found: Candidates,
-    fusion: str,
-    depth: int,
-    weights: tuple[float, float, float],
-) -> dict[str, float]:
-    rankings = ranked(found.ids, fused(found.scores, weights, fusion, depth), 10)
-    return measures(texts.relevant, dict(zip(texts.queries, rankings, strict=True)))
+    header = ["dense / lexical / ColBERT"]
+    show([*header, *(f"{name}: {m}" for name in results for m in ("nDCG@10", "R@1"))], table)
 
 
 def codes_bytes(_: argparse.Namespace) -> None:

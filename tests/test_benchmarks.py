@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import retrieval
 from beir_format import RetrievalSet, measures, write
-from langchain_core.documents import Document
+from candidates import FUSIONS, Candidates, Setting, rankings
+from retrieval import filled
 
 from langchain_bge_dense import BGEM3Retriever
-from langchain_bge_dense.chroma import index_documents, open_chroma
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from langchain_bge_dense import BGEM3Embeddings
 
-WORDS = "equal rights freedom life liberty dignity person reason act spirit 人人 自由 平等".split()
+WORDS = ("equal", "rights", "freedom", "life", "liberty", "dignity", "reason", "自由", "平等")
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -46,13 +45,15 @@ def test_titles_come_first_and_queries_of_other_splits_are_left_out(tmp_path: Pa
     texts = RetrievalSet.read(tmp_path, "dev")
     assert texts.queries == {"b": "other"}
     assert texts.relevant == {"b": {"7": 2, "8": 0}}
-    assert {d.id: d.page_content for d in texts.documents()} == {"7": "A title a text", "8": "alone"}
+    assert {d.id: d.page_content for d in texts.documents()} == {
+        "7": "A title a text",
+        "8": "alone",
+    }
 
 
 def test_measures_are_means_over_all_queries() -> None:
     relevant = {"a": {"x": 1}, "b": {"y": 1, "z": 1}, "c": {"x": 1}}
-    rankings = {"a": ["x", "y"], "b": ["x", "y"], "c": []}
-    found = measures(relevant, rankings)
+    found = measures(relevant, {"a": ["x", "y"], "b": ["x", "y"], "c": []})
     second = 1 / np.log2(3)  # the gain at rank 2
     assert found == pytest.approx(
         {
@@ -66,19 +67,22 @@ def test_measures_are_means_over_all_queries() -> None:
 
 
 @pytest.mark.parametrize("weights", [(1, 0, 0), (0.4, 0.2, 0), (0, 0, 1), (0.4, 0.2, 1)])
-@pytest.mark.parametrize("fusion", retrieval.FUSIONS)
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_study_orders_candidates_as_the_retriever_does(
-    tiny: BGEM3Embeddings, fusion: str, weights: tuple[float, float, float]
+    tiny: BGEM3Embeddings, tmp_path: Path, fusion: str, weights: tuple[float, ...]
 ) -> None:
     chooser = np.random.default_rng(0)
     passages = [" ".join(chooser.choice(WORDS, 8)) for _ in range(120)]
-    queries = passages[::40]
-    store = open_chroma(tiny, f"study-{fusion}-{sum(weights):g}")
-    index_documents(store, map(Document, passages), lexical=True)
-    candidates = retrieval.Candidates.of(store, queries)
-    total = retrieval.fused(candidates.scores, weights, fusion, 20)
-    retriever = BGEM3Retriever(
-        vectorstore=store, k=10, weights=weights, fusion=fusion, colbert=True, colbert_k=20
-    )
-    found = [[document.id for document in retriever.invoke(query)] for query in queries]
-    assert retrieval.ranked(candidates.ids, total, 10) == found
+    write(tmp_path / "set", passages, passages[::40], range(0, 120, 40))
+    texts = RetrievalSet.read(tmp_path / "set")
+    with filled(tiny, texts) as (store, _):
+        candidates = Candidates.of(store, list(texts.queries.values()))
+        retriever = BGEM3Retriever(
+            vectorstore=store, k=10, weights=weights, fusion=fusion, colbert=True, colbert_k=20
+        )
+        found = {
+            query: [document.id for document in retriever.invoke(text)]
+            for query, text in texts.queries.items()
+        }
+    setting = Setting(fusion, 20, weights)
+    assert rankings(texts, candidates, setting, 10) == found
