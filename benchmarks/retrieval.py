@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beir_format import MEASURES, RetrievalSet, measures, write
-from candidates import CALLERS, FETCH, FUSIONS, Candidates, Setting, default, rankings
+from candidates import CALLERS, FUSIONS, Candidates, Setting, default, rankings
 from common import finish, machine, median_seconds, show, text_of
 from langchain_core.documents import Document
 from quality import read, small
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+Rows = dict[str, dict[str, float]]  # figures by signal
+
 CODES = ("int8", "2bit", "1bit", "1bit/2")
 SIGNALS = ("dense", "sparse", "multi-vector", "dense + sparse", "all")
 PUBLISHED = {
@@ -49,11 +51,12 @@ PUBLISHED = {
     "mldr": ("test, nDCG@10, mean of 13 languages", (52.5, 62.2, 57.6, 64.8, 65.0)),
     "narrativeqa": ("nDCG@10", (48.7, 57.5, 55.4, 60.1, 61.7)),
 }
-TIMED = 10  # queries whose ColBERT vectors are computed at query time: it takes seconds
+TIMED = 5  # queries whose ColBERT vectors are computed at query time: it takes seconds
 NAMED = ((0.4, 0.2, 1), (0.4, 0.2, 0.4))  # the retriever's, and those of the model's authors
 SINGLE = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 DEPTHS = (20, 50, 100)  # candidates that ColBERT scores
 DEPTH = 50
+REORDERED = {"ColBERT": "dense", "all three": "dense + lexical"}
 PASSAGES = 500
 
 
@@ -96,14 +99,16 @@ def run(arguments: argparse.Namespace) -> None:
     print(machine() + "\n")
     embeddings = embeddings_of(arguments)
     print(f"{embeddings.fingerprint}\n")
-    results = {}
+    results: dict[str, Rows] = {}
     for folder in arguments.folders:
         texts = RetrievalSet.read(folder, arguments.split)
-        rows = {"": without_codes(embeddings, texts)}
+        rows = without_codes(embeddings, texts)
         for codes in arguments.colbert:
-            rows[codes] = with_codes(embeddings, texts, codes)
-        results[texts.name] = {name: row for part in rows.values() for name, row in part.items()}
-        show_set(texts, results[texts.name])
+            rows |= with_codes(embeddings, texts, codes)
+        for name, row in rows.items():  # ColBERT reorders the best 100 of the others
+            row["R@100"] = rows[REORDERED.get(name.split(", ")[0], name)]["R@100"]
+        results[texts.name] = rows
+        show_set(texts, rows)
     finish("retrieval", results)
 
 
@@ -126,33 +131,28 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def without_codes(embeddings: Any, texts: RetrievalSet) -> dict[str, dict[str, float]]:
+def without_codes(embeddings: Any, texts: RetrievalSet) -> Rows:
     """The first two signals, and ColBERT from vectors computed at query time."""
     with filled(embeddings, texts) as (store, taken):
         rows = {
-            "dense": search(BGEM3Retriever(vectorstore=store, weights=(1, 0, 0)), texts),
-            "lexical": search(BGEM3Retriever(vectorstore=store, weights=(0, 1, 0)), texts),
-            "dense + lexical": search(BGEM3Retriever(vectorstore=store), texts),
+            "dense": search(BGEM3Retriever(vectorstore=store, weights=(1, 0, 0)), texts, 100),
+            "lexical": search(BGEM3Retriever(vectorstore=store, weights=(0, 1, 0)), texts, 100),
+            "dense + lexical": search(BGEM3Retriever(vectorstore=store), texts, 100),
         }
         found = Candidates.of(store, list(texts.queries.values()))
+        questions = list(texts.queries.values())[:TIMED]
         for name, weights in colbert_weights().items():
-            retriever = with_colbert(store, weights)
-            questions = list(texts.queries.values())[:TIMED]
-            rows[f"{name}, exact"] = {
-                **exact(texts, found, weights),
-                "ms": median_ms(retriever, questions),
-            }
+            ordered = rankings(texts, found, Setting("standard", DEPTH, weights), 10)
+            ms = median_ms(with_colbert(store, weights), questions)
+            rows[f"{name}, exact"] = {**measures(texts.relevant, ordered), "ms": ms}
     return {name: {**row, "bytes": taken} for name, row in rows.items()}
 
 
-def with_codes(embeddings: Any, texts: RetrievalSet, codes: str) -> dict[str, dict[str, float]]:
+def with_codes(embeddings: Any, texts: RetrievalSet, codes: str) -> Rows:
     """ColBERT from codes, `codes` as the command line has it."""
     with filled(embeddings, texts, **options_of(codes)) as (store, taken):
         return {
-            f"{name}, {codes}": {
-                **search(with_colbert(store, weights), texts),
-                "bytes": taken,
-            }
+            f"{name}, {codes}": {**search(with_colbert(store, weights), texts, 10), "bytes": taken}
             for name, weights in colbert_weights().items()
         }
 
@@ -171,8 +171,8 @@ def colbert_weights() -> dict[str, tuple[float, ...]]:
     return {"ColBERT": (0, 0, 1), "all three": default("weights")}
 
 
-def search(retriever: BGEM3Retriever, texts: RetrievalSet) -> dict[str, float]:
-    """Measures of the first 10 as one call gives them, R@100 of another, and the time of one."""
+def search(retriever: BGEM3Retriever, texts: RetrievalSet, most: int) -> dict[str, float]:
+    """Measures of the first 10, and the time of one call; R@100 takes `most` of 100."""
     questions = list(texts.queries.values())
     retriever.invoke(questions[0])  # reads the index
     first, seconds = [], []
@@ -180,20 +180,16 @@ def search(retriever: BGEM3Retriever, texts: RetrievalSet) -> dict[str, float]:
         start = time.perf_counter()
         first.append(retriever.invoke(question, k=10))
         seconds.append(time.perf_counter() - start)
-    hundred = retriever.batch(questions, {"max_concurrency": CALLERS}, k=100)
-    by_depth = [
-        measures(texts.relevant, dict(zip(texts.queries, map(ids_of, lists), strict=True)))
-        for lists in (first, hundred)
-    ]
-    return {
-        **by_depth[0],
-        "R@100": by_depth[1]["R@100"],
-        "ms": statistics.median(seconds) * 1e3,
-    }
+    measured = measures(texts.relevant, by_query(texts, first))
+    if most > 10:
+        found = retriever.batch(questions, {"max_concurrency": CALLERS}, k=most)
+        measured["R@100"] = measures(texts.relevant, by_query(texts, found))["R@100"]
+    return {**measured, "ms": statistics.median(seconds) * 1e3}
 
 
-def ids_of(documents: list[Document]) -> list[str]:
-    return [str(document.id) for document in documents]
+def by_query(texts: RetrievalSet, found: list[list[Document]]) -> dict[str, list[str]]:
+    ids = [[str(document.id) for document in documents] for documents in found]
+    return dict(zip(texts.queries, ids, strict=True))
 
 
 def median_ms(retriever: BGEM3Retriever, questions: list[str]) -> float:
@@ -201,16 +197,7 @@ def median_ms(retriever: BGEM3Retriever, questions: list[str]) -> float:
     return median_seconds(lambda: retriever.invoke(next(remaining)), len(questions)) * 1e3
 
 
-def exact(texts: RetrievalSet, found: Candidates, weights: tuple[float, ...]) -> dict[str, float]:
-    """What the retriever finds with vectors computed at query time."""
-    first, hundred = (
-        measures(texts.relevant, rankings(texts, found, Setting(FUSIONS[0], depth, weights), depth))
-        for depth in (DEPTH, FETCH)
-    )
-    return {**first, "R@100": hundred["R@100"]}
-
-
-def show_set(texts: RetrievalSet, rows: dict[str, dict[str, float]]) -> None:
+def show_set(texts: RetrievalSet, rows: Rows) -> None:
     print(f"{texts.name}: {len(texts.queries):,} queries\n")
     table = [
         [
