@@ -90,7 +90,7 @@ def grid() -> Iterator[Setting]:
         for lexical in range(11 - dense)
     ]
     for fusion, depth, chosen in product(FUSIONS, DEPTHS, [*NAMED, *tenths]):
-        if chosen[2] or depth == DEPTHS[0]:  # without ColBERT there is no depth
+        if chosen[2] or depth == DEPTH:  # without ColBERT there is no depth
             yield Setting(fusion, depth, chosen)
 
 
