@@ -1,23 +1,16 @@
-"""What each signal of BGE-M3 finds through `BGEM3Retriever`, and what a hybrid query costs.
+"""What a hybrid query costs.
 
-    python benchmarks/hybrid.py quality --data ../shared/data
-    python benchmarks/hybrid.py quality --data ../shared/data --model BAAI/bge-m3 --languages en zh
-    python benchmarks/hybrid.py latency
-    python benchmarks/hybrid.py index --sizes 100000 1000000
-
-Quality: XQuAD (questions of a sentence, paragraphs that answer them) and, as texts of another kind,
-the docstrings of Python's standard library (a first line, and the long text that stands below it).
+python benchmarks/hybrid.py latency
+python benchmarks/hybrid.py index --sizes 100000 1000000
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import random
 import statistics
 import sys
-import sysconfig
 import tempfile
 import time
 from functools import partial
@@ -28,7 +21,6 @@ import numpy as np
 from common import finish, machine, median_seconds, percentile, show
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
-from quality import measures, read, small
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense.chroma import index_documents, open_chroma
@@ -40,60 +32,8 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-SIGNALS: dict[str, dict[str, Any]] = {
-    "dense": {"weights": (1, 0, 0)},
-    "lexical": {"weights": (0, 1, 0)},
-    "dense + lexical": {},
-    "with ColBERT for the best 20": {"colbert": True},
-}
 SIZES = (1_000, 10_000, 100_000)
 WIDTH = 128
-
-
-def docstrings(most: int) -> tuple[list[str], list[str], np.ndarray]:
-    """Long docstrings of the standard library as passages, their first lines as questions."""
-    found: dict[str, str] = {}
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                first, _, rest = (ast.get_docstring(node) or "").partition("\n")
-                if len(rest.strip()) > 300 and len(first.split()) > 2:
-                    found.setdefault(first, rest.strip())
-    chosen = list(found.items())[:most]
-    right = np.arange(len(chosen))
-    return [rest for _, rest in chosen], [first for first, _ in chosen], right
-
-
-def ranks(retriever: BGEM3Retriever, questions: list[str], right: np.ndarray) -> np.ndarray:
-    """Rank of each question's own passage; one that is not among the first 10 counts as 1,000."""
-    places = []
-    for question, row in zip(questions, right.tolist(), strict=True):
-        rows = [document.metadata["row"] for document in retriever.invoke(question)]
-        places.append(rows.index(row) + 1 if row in rows else 1_000)
-    return np.array(places)
-
-
-def quality(arguments: argparse.Namespace) -> None:
-    model = arguments.model or small()
-    embeddings = BGEM3Embeddings(model=model, on_truncate="ignore")
-    sets = {
-        f"XQuAD {name}": read(arguments.data / f"xquad.{name}.json") for name in arguments.languages
-    }
-    sets["docstrings"] = docstrings(600)
-    print(f"{machine()}\n\n{embeddings.fingerprint}\n")
-    results = {}
-    for name, (passages, questions, right) in sets.items():
-        store = open_chroma(embeddings, "hybrid")
-        documents = [Document(text, metadata={"row": row}) for row, text in enumerate(passages)]
-        index_documents(store, documents, lexical=True)
-        for signals, settings in SIGNALS.items():
-            retriever = BGEM3Retriever(vectorstore=store, k=10, **settings)
-            results[f"{name}: {signals}"] = measures(ranks(retriever, questions, right))
-    keys = ("R@1", "R@10", "MRR")
-    rows = [[name, *(f"{found[key]:.4f}" for key in keys)] for name, found in results.items()]
-    show(["texts: signals", "R@1", "R@10", "MRR of the first 10"], rows)
-    finish("hybrid quality", results)
 
 
 def random_texts(count: int, chooser: random.Random) -> list[str]:
@@ -234,11 +174,6 @@ def report(results: list[dict[str, float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    about_quality = commands.add_parser("quality", help="R@1, R@10 and MRR of each signal")
-    about_quality.add_argument("--data", type=Path, required=True, help="folder of xquad.en.json")
-    about_quality.add_argument("--model", help="a BGE-M3 checkpoint; without it, the small model")
-    about_quality.add_argument("--languages", nargs="+", default=["en"])
-    about_quality.set_defaults(run=quality)
     commands.add_parser("latency", help="queries at three sizes").set_defaults(run=latency)
     about_index = commands.add_parser("index", help=index.__doc__)
     about_index.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000])
