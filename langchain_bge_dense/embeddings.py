@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from langchain_bge_dense._engine.engine import Engine, Options
+    from langchain_bge_dense._engine.calls import Options
+    from langchain_bge_dense._engine.engine import Engine
     from langchain_bge_dense._engine.outputs import M3Encoding
 
 _UNLOADED = {"_found": None, "_engine": None, "_paired": False}
@@ -288,7 +289,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             >>> len(embeddings.tokens(weights)) == len(weights)
             True
         """
-        return self._loaded().encoder.token_strings(weights)
+        return self._loaded().token_strings(weights)
 
     @property
     def dimension(self) -> int:
@@ -378,7 +379,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         return engine
 
     def _options(self, *, query: bool) -> Options:
-        from langchain_bge_dense._engine.engine import Options
+        from langchain_bge_dense._engine.calls import Options
 
         return Options(
             instruction=self.query_instruction if query else self.document_instruction,

@@ -16,7 +16,7 @@ import pytest
 from calls import alike, texts, threads
 
 from langchain_bge_dense import BGEM3Embeddings
-from langchain_bge_dense._engine import engine
+from langchain_bge_dense._engine.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -360,8 +360,8 @@ class TestWindows:
 
     @pytest.fixture
     def cut(self, tiny: BGEM3Embeddings, monkeypatch: pytest.MonkeyPatch) -> BGEM3Embeddings:
-        monkeypatch.setattr(engine, "_WINDOW", 4)
-        monkeypatch.setattr(engine, "_COLBERT_WINDOW", 3)
+        monkeypatch.setattr(Engine, "window", 4)
+        monkeypatch.setattr(Engine, "colbert_window", 3)
         return tiny.model_copy(update={"max_length": 16})
 
     def test_what_was_cut_is_counted_over_all_requests(self, cut: BGEM3Embeddings) -> None:
@@ -412,7 +412,7 @@ class TestWindows:
     ) -> None:
         passages = texts(30)
         whole = tiny.encode(passages, lexical=True, colbert=True)
-        monkeypatch.setattr(engine, "_COLBERT_WINDOW", 7)
+        monkeypatch.setattr(Engine, "colbert_window", 7)
         parts = tiny.encode(passages, lexical=True, colbert=True)
         np.testing.assert_allclose(parts.dense, whole.dense, atol=1e-6)
         assert [set(weights) for weights in parts.lexical] == [set(w) for w in whole.lexical]
