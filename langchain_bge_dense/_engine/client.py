@@ -25,7 +25,7 @@ from tenacity import (
     AsyncRetrying,
     RetryError,
     before_sleep_log,
-    retry_if_exception,
+    retry_if_exception_type,
     stop_after_delay,
     wait_exponential,
 )
@@ -267,12 +267,15 @@ class Client(BaseEngine):
         return self._https[os.getpid()]
 
 
-def _is_away(error: BaseException) -> bool:
-    return isinstance(error, (httpx.TransportError, httpx.HTTPStatusError))
-
-
 _RETRYING = AsyncRetrying(
-    retry=retry_if_exception(_is_away),
+    retry=retry_if_exception_type(
+        (
+            httpx.NetworkError,
+            httpx.RemoteProtocolError,
+            httpx.TimeoutException,
+            httpx.HTTPStatusError,  # of `_AWAY`
+        )
+    ),
     wait=wait_exponential(multiplier=0.1, max=5),
     stop=stop_after_delay(_PATIENCE_SECONDS),
     before_sleep=before_sleep_log(logger, logging.WARNING),
