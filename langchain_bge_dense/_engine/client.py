@@ -61,6 +61,7 @@ _ERRORS = {
         ValueError,
     )
 }
+_CONFLICT = 409  # its model is another one than before
 _AWAY = (502, 503, 504)  # said by what stands before a server that is not there
 
 # The system notices a machine that went away without a word, during a call of any length.
@@ -120,6 +121,7 @@ class Client(BaseEngine):
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
         super().__init__()
         self._url = base_url
+        self._settings = (base_url, api_key)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._https: dict[int, httpx.AsyncClient] = {}  # by process: a child has none of its own
         weakref.finalize(self, _close, self._https).atexit = False
@@ -232,6 +234,9 @@ class Client(BaseEngine):
         response = await self._http().request(method, path, content=body)
         if response.status_code in _AWAY:
             response.raise_for_status()
+        if response.status_code == _CONFLICT:
+            with _lock:  # new embeddings ask it anew what it has
+                _clients.pop(self._settings, None)
         if not response.is_success:
             raise self._error(response)
         return response.content

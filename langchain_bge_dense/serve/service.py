@@ -183,7 +183,7 @@ class Service:
                     f"The server's model has changed: its {name} is {value!r}, not "
                     f"{getattr(asked, name)!r}. Make new embeddings, and compare fingerprints."
                 )
-                raise ValueError(msg)
+                raise refusal(409, ValueError(msg))
 
 
 async def _unless_gone(http: Request, work: Coroutine[Any, Any, M3Encoding]) -> M3Encoding:
