@@ -43,7 +43,7 @@ def served(
     """A server in a thread of this process; gives its base_url."""
     place = {"uds": str(uds)} if uds else {"host": HOST, "port": free_port()}
     app = create_app(embeddings, **options)
-    server = uvicorn.Server(uvicorn.Config(app, **place, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, **place, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

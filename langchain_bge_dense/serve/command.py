@@ -99,6 +99,7 @@ def _run(embeddings: BGEM3Embeddings, app: FastAPI, place: dict[str, Any]) -> No
         app,
         **place,
         access_log=False,
+        ws="none",
         timeout_keep_alive=_KEEP_SECONDS,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
