@@ -18,6 +18,7 @@ from pydantic import (
     PrivateAttr,
     SecretStr,
     field_validator,
+    model_validator,
 )
 
 from langchain_bge_dense._engine.checkpoint import Checkpoint, read_checkpoint
@@ -31,17 +32,31 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from langchain_bge_dense._engine.engine import Engine, Options
+    from langchain_bge_dense._engine.calls import BaseEngine, Options
     from langchain_bge_dense._engine.outputs import M3Encoding
 
+# Fields of a model that is loaded here.
+_OF_THE_MODEL = (
+    "model",
+    "revision",
+    "token",
+    "cache_folder",
+    "local_files_only",
+    "device",
+    "dtype",
+    "pooling",
+    "batch_tokens",
+)
+_OF_A_CLIENT = ("api_key",)
 _UNLOADED = {"_found": None, "_engine": None, "_paired": False}
 
 
 class BGEM3Embeddings(BaseModel, Embeddings):
-    """BGE-M3 embeddings, computed on this machine by FlagEmbedding's `BGEM3FlagModel`.
+    """BGE-M3 embeddings, computed by FlagEmbedding's `BGEM3FlagModel` in this process.
 
     The model is loaded with the first text. Instances with equal model settings share it, and all
-    methods may be called from any thread or event loop.
+    methods may be called from any thread or event loop. With `base_url` a server of
+    `langchain_bge_dense.serve` has the model, and nothing is loaded here.
 
     Example:
         >>> from langchain_bge_dense import BGEM3Embeddings
@@ -70,6 +85,13 @@ class BGEM3Embeddings(BaseModel, Embeddings):
 
     `"int8"` is for a CPU: weights take half of bfloat16's memory, and products are in int8.
     """
+    base_url: str | None = Field(None, pattern=r"^(https?|unix)://.")
+    """Ask this server of `langchain_bge_dense.serve`: `http://host:port`, or `unix:///path`.
+
+    None: the model runs here. The fields of the model are the server's then.
+    """
+    api_key: SecretStr | None = None
+    """Of the server."""
     pooling: Literal["auto", "cls", "mean"] = "auto"
     """`"auto"`: what the checkpoint's `1_Pooling/config.json` says, else cls."""
     normalize: bool = True
@@ -95,6 +117,22 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     @classmethod
     def _path_to_str(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @model_validator(mode="after")
+    def _model_in_one_place(self) -> Self:
+        names = _OF_A_CLIENT if self.base_url is None else _OF_THE_MODEL
+        defaults = {name: type(self).model_fields[name].default for name in names}
+        given = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if given and self.base_url is None:
+            msg = "api_key is for a server. Give its base_url, too, or leave api_key out."
+            raise ValueError(msg)
+        if given:
+            msg = (
+                f"{', '.join(given)} cannot be chosen for the model of the server {self.base_url}. "
+                "Leave out what is the server's, and start the server with it."
+            )
+            raise ValueError(msg)
+        return self
 
     def __eq__(self, other: object) -> bool:
         """Equal settings, whether the model is loaded or not."""
@@ -288,7 +326,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             >>> len(embeddings.tokens(weights)) == len(weights)
             True
         """
-        return self._loaded().encoder.token_strings(weights)
+        return self._loaded().token_strings(weights)
 
     @property
     def dimension(self) -> int:
@@ -327,7 +365,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         Example:
             >>> embeddings = BGEM3Embeddings(model=checkpoint).load()
         """
-        self._loaded()
+        self._loaded().checkpoint.longest(self.max_length)
         return self
 
     def close(self) -> None:
@@ -355,50 +393,55 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     def _checkpoint(self) -> Checkpoint:
         found: Checkpoint | None = self._found  # read once: `close` may come at any moment
         if found is None:
-            token = None if self.token is None else self.token.get_secret_value()
-            source = HubSource(
-                self.model, self.revision, token, self.cache_folder, self.local_files_only
-            )
-            folder = resolve(source)
-            found = read_checkpoint(folder, Path(self.model).name or folder.name)
+            found = self._read_checkpoint() if self.base_url is None else self._loaded().checkpoint
             self._found = found
         return found
+
+    def _read_checkpoint(self) -> Checkpoint:
+        token = None if self.token is None else self.token.get_secret_value()
+        source = HubSource(
+            self.model, self.revision, token, self.cache_folder, self.local_files_only
+        )
+        folder = resolve(source)
+        return read_checkpoint(folder, Path(self.model).name or folder.name)
 
     def _pooling(self) -> str:
         return self._checkpoint().pooling if self.pooling == "auto" else self.pooling
 
-    def _loaded(self) -> Engine:
-        engine: Engine | None = self._engine  # read once: `close` may come at any moment
+    def _loaded(self) -> BaseEngine:
+        engine: BaseEngine | None = self._engine  # read once: `close` may come at any moment
         if engine is None:
-            from langchain_bge_dense._engine.engine import shared_engine
-
-            self._longest()  # a wrong max_length should not cost the loading of the weights
-            engine = shared_engine(self._checkpoint(), self._pooling(), self.device, self.dtype)
+            engine = self._load() if self.base_url is None else self._connect(self.base_url)
             self._engine = engine
         return engine
 
+    def _load(self) -> BaseEngine:
+        from langchain_bge_dense._engine.engine import shared_engine
+
+        found = self._checkpoint()
+        found.longest(self.max_length)  # a wrong one should not cost the loading of the weights
+        return shared_engine(found, self._pooling(), self.device, self.dtype)
+
+    def _connect(self, base_url: str) -> BaseEngine:
+        from langchain_bge_dense._engine.client import shared_client
+
+        key = None if self.api_key is None else self.api_key.get_secret_value()
+        client = shared_client(base_url, key)
+        client.checkpoint  # noqa: B018 - is asked for here, where a call may block
+        return client
+
     def _options(self, *, query: bool) -> Options:
-        from langchain_bge_dense._engine.engine import Options
+        from langchain_bge_dense._engine.calls import Options
 
         return Options(
             instruction=self.query_instruction if query else self.document_instruction,
-            max_length=self._longest(),
+            max_length=self._checkpoint().longest(self.max_length),
             on_truncate=self.on_truncate,
             normalize=self.normalize,
             batch_tokens=self.batch_tokens,
             urgent=query,
             paired=self._paired and self._checkpoint().has_heads,
         )
-
-    def _longest(self) -> int:
-        positions = self._checkpoint().positions
-        if self.max_length is not None and self.max_length > positions:
-            msg = (
-                f"max_length={self.max_length:,} is more than the {positions:,} positions of "
-                f"{self.model!r}. Use {positions:,} or less."
-            )
-            raise ValueError(msg)
-        return self.max_length or positions
 
 
 def _floats(encoding: M3Encoding) -> list[list[float]]:

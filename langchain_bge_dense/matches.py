@@ -256,7 +256,7 @@ def _lexical(
 
 
 def _spans(embeddings: BGEM3Embeddings, text: str) -> list[tuple[int, int, int]]:
-    return embeddings._loaded().encoder.token_spans(text)  # noqa: SLF001 - ids, starts and ends
+    return embeddings._loaded().token_spans(text)  # noqa: SLF001 - ids, starts and ends
 
 
 def _words(embeddings: BGEM3Embeddings, query: str, weights: dict[int, float]) -> list[Word]:

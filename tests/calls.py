@@ -1,10 +1,22 @@
-"""What tests of many calls at once share: texts, a comparison of vectors, the model's threads."""
+"""What tests of many calls at once share: texts, comparisons, a gate before the model."""
 
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from langchain_bge_dense import BGEM3Embeddings
+    from langchain_bge_dense._engine.outputs import Outputs, TextOutputs
+
+WAIT = 20.0  # seconds; only a test that fails takes so long
 
 WORDS = ("all", "human", "beings", "are", "born", "free", "and", "equal", "in", "dignity")
 
@@ -20,3 +32,35 @@ def alike(vectors: list[list[float]], others: list[list[float]]) -> bool:
 
 def threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("bge-m3")}
+
+
+class Gate:
+    """Stands before an encoder's `forward`: counts texts and batches, and can hold one up."""
+
+    def __init__(self, forward: Callable[..., list[TextOutputs | None]]) -> None:
+        self._forward = forward
+        self.batches: list[int] = []
+        self.entered = threading.Event()
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def __call__(
+        self, batch: list[NDArray[np.int32]], outputs: Outputs
+    ) -> list[TextOutputs | None]:
+        self.batches.append(len(batch))
+        self.entered.set()
+        assert self.go_on.wait(WAIT)
+        return self._forward(batch, outputs)
+
+
+@contextmanager
+def gated(embeddings: BGEM3Embeddings) -> Iterator[Gate]:
+    """Stands before a model that runs here."""
+    encoder = embeddings._loaded().encoder
+    gate = Gate(encoder.forward)
+    encoder.forward = gate
+    try:
+        yield gate
+    finally:
+        gate.go_on.set()
+        del encoder.forward

@@ -169,7 +169,8 @@ def fork_while_another_thread_embeds(embeddings: BGEM3Embeddings) -> None:
 
 @scenario
 def fork_while_locks_are_held(embeddings: BGEM3Embeddings) -> None:
-    from langchain_bge_dense._engine.engine import _loading_lock, _pairs_lock
+    from langchain_bge_dense._engine.calls import _pairs_lock
+    from langchain_bge_dense._engine.engine import _loading_lock
 
     embeddings._sparse_side()
     scheduler = embeddings._engine.scheduler
@@ -180,23 +181,23 @@ def fork_while_locks_are_held(embeddings: BGEM3Embeddings) -> None:
 
 @scenario
 def fork_while_a_result_is_delivered(embeddings: BGEM3Embeddings) -> None:
-    from langchain_bge_dense._engine.engine import _Call, _wait
+    from langchain_bge_dense._engine.calls import Call, wait
     from langchain_bge_dense._engine.outputs import Outputs
 
     engine = embeddings._engine
     expected = embeddings.embed_documents(FEW)
-    call = _Call(engine, FEW, Outputs(), embeddings._options(query=False))
+    call = Call(engine, FEW, Outputs(), embeddings._options(query=False))
     request = call.advance()
 
     def go_on() -> bool:
         with pytest.raises(RuntimeError, match="forked during this call"):
-            _wait(request)
+            wait(request)
         call.close()
         return same(embeddings, expected)
 
     with held_by_another_thread(request.future._condition):
         in_child(go_on)
-    _wait(request)
+    wait(request)
 
 
 @scenario

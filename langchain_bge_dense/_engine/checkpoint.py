@@ -80,6 +80,20 @@ class Checkpoint:
         """
         return _pooling(self.folder / POOLING_FILE)
 
+    def longest(self, max_length: int | None) -> int:
+        """Tokens that texts are cut to; with None, as many as there are positions.
+
+        Raises:
+            ValueError: `max_length` is more than that.
+        """
+        if max_length is not None and max_length > self.positions:
+            msg = (
+                f"max_length={max_length:,} is more than the {self.positions:,} positions of "
+                f"{self.name!r}. Use {self.positions:,} or less."
+            )
+            raise ValueError(msg)
+        return max_length or self.positions
+
 
 def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     """Read a checkpoint's facts and check that no file is missing or cut short.

@@ -1,78 +1,32 @@
-"""`Engine`: one loaded model, shared by all instances with equal settings.
-
-Synchronous calls, asynchronous ones and streams take one road: texts are cut into windows, a window
-is a request to the scheduler, and the next one is tokenised while the first one runs.
-"""
+"""`Engine`: one loaded model, shared by all instances with equal settings."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-import sys
 import threading
-import warnings
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Iterable
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from langchain_bge_dense._engine import loading
-from langchain_bge_dense._engine.checkpoint import HEADS, Checkpoint, read_checkpoint
+from langchain_bge_dense._engine.calls import BaseEngine, check_text, result
+from langchain_bge_dense._engine.checkpoint import Checkpoint, read_checkpoint
 from langchain_bge_dense._engine.hub import HubSource, resolve
-from langchain_bge_dense._engine.outputs import M3Encoding, Outputs, TextOutputs, encoding_of
+from langchain_bge_dense._engine.outputs import encoding_of
 from langchain_bge_dense._engine.scheduler import Request, Scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from concurrent.futures import Future
+    from collections.abc import Callable, Sequence
 
-    import numpy as np
     from FlagEmbedding import BGEM3FlagModel
-    from numpy.typing import NDArray
-    from tqdm import tqdm
 
+    from langchain_bge_dense._engine.calls import Options
     from langchain_bge_dense._engine.encoder import Encoder
-    from langchain_bge_dense._engine.outputs import Tokens
-
-T = TypeVar("T")
-
-_WINDOW = 2_048  # texts of a request
-_COLBERT_WINDOW = 256  # their vectors are large
-_AHEAD = 2  # requests under way
-
-_POLL_SECONDS = 0.2
-_CUT_TEXTS_NAMED = 5  # in a warning
-_KEPT_ENCODINGS = 8  # whose other half was not asked for yet
+    from langchain_bge_dense._engine.outputs import M3Encoding, Outputs, Tokens
 
 
-class Options(NamedTuple):
-    """How the texts of one call are encoded.
-
-    Attributes:
-        instruction: Put in front of each text.
-        max_length: Tokens that a text is cut to.
-        on_truncate: `"warn"`, `"raise"` or `"ignore"`.
-        normalize: Scale vectors to unit length.
-        batch_tokens: Tokens per forward pass; None: what suits the device.
-        urgent: A query, which goes before documents.
-        paired: The dense and the lexical output are asked for one after the other.
-    """
-
-    instruction: str
-    max_length: int
-    on_truncate: str
-    normalize: bool
-    batch_tokens: int | None
-    urgent: bool = False
-    paired: bool = False
-
-
-class Engine:
+class Engine(BaseEngine):
     """A loaded model and the thread that runs it.
 
     Args:
@@ -81,233 +35,56 @@ class Engine:
     """
 
     def __init__(self, checkpoint: Checkpoint, load: Callable[[], Encoder]) -> None:
+        super().__init__()
         self.checkpoint = checkpoint
         self.scheduler = Scheduler(load)
-        self.pairs = _Pairs()
         # The thread holds the encoder; it ends when nobody holds the engine any more.
         weakref.finalize(self, self.scheduler.stop).atexit = False
-        self.encoder = _result(self.scheduler.loaded)
+        self.encoder = result(self.scheduler.loaded)
 
-    def encode(
-        self,
-        texts: Iterable[str],
-        options: Options,
-        *,
-        show_progress: bool = False,
-        **outputs: bool,
-    ) -> M3Encoding:
-        """Encode N texts for the `Outputs` named; a bar shows how many of several have run.
+    def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Request:
+        """A request for the scheduler, tokenised.
 
         Raises:
-            TypeError: An item is not a string; the error names its index.
-            ValueError: The checkpoint lacks the heads for an output, a text cannot be encoded, or
-                is too long with `on_truncate="raise"`.
-            FloatingPointError: An output is non-finite in float32, too.
+            ValueError: A text is too long with `on_truncate="raise"`.
         """
-        texts = list(_checked(texts))
-        call = _Call(self, texts, Outputs(**outputs), options)
-        with contextlib.closing(call), _bar(len(texts), show=show_progress) as bar:
-            while (request := call.advance()) is not None:
-                _wait(request, bar)
-                call.collect()
-            return call.warned(call.encoding())
+        tokens = self.encoder.tokenize(
+            [options.instruction + text for text in texts], options.max_length
+        )
+        if options.on_truncate == "raise":
+            _refuse_long(tokens, first, options.max_length)
+        batch_tokens = options.batch_tokens or self.encoder.batch_tokens
+        return Request(tokens, outputs, batch_tokens, first, options.urgent)
 
-    async def aencode(self, texts: Iterable[str], options: Options) -> M3Encoding:
-        """Dense vectors for an event loop; cancelling it drops the texts that have not run."""
-        with contextlib.closing(_Call(self, list(_checked(texts)), Outputs(), options)) as call:
-            while (request := await asyncio.to_thread(call.advance)) is not None:
-                await asyncio.wrap_future(request.future)
-                call.collect()
-            return call.warned(await asyncio.to_thread(call.encoding))
+    def enqueue(self, request: Request) -> None:
+        """Give a request to the scheduler."""
+        self.scheduler.enqueue(request)
 
-    def stream(self, texts: Iterable[str], options: Options) -> Iterator[NDArray[np.float32]]:
-        """Dense vectors of any iterable one by one, each `(D,)`, in constant memory."""
-        call = _Call(self, _checked(texts), Outputs(), options._replace(paired=False))
-        return self._vectors(call)
-
-    def _vectors(self, call: _Call) -> Iterator[NDArray[np.float32]]:
-        with contextlib.closing(call):
-            while (request := call.advance()) is not None:
-                _wait(request)
-                call.collect()
-                yield from call.warned(call.encoding()).dense  # type: ignore[misc]
+    def encoding(
+        self, requests: Sequence[Request], outputs: Outputs, options: Options
+    ) -> M3Encoding:
+        """Put the rows of requests that have run together."""
+        return encoding_of(
+            [tokens for request in requests for tokens in request.tokens],
+            [row for request in requests for row in request.future.result()],
+            outputs,
+            dimension=self.checkpoint.dimension,
+            max_length=options.max_length,
+            unweighted=self.encoder.unweighted,
+            normalize=options.normalize,
+        )
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text without the special ones around it."""
         return self.encoder.count(check_text(text, 0))
 
-    def require(self, outputs: Outputs) -> None:
-        """Check that outputs can be computed.
+    def token_strings(self, weights: dict[int, float]) -> dict[str, float]:
+        """Lexical weights by token string, the largest first."""
+        return self.encoder.token_strings(weights)
 
-        Raises:
-            ValueError: None is asked for, or the checkpoint lacks its head.
-        """
-        if not (outputs.dense or outputs.lexical or outputs.colbert):
-            msg = "No output is asked for. Set dense, lexical or colbert to True."
-            raise ValueError(msg)
-        if (outputs.lexical or outputs.colbert) and not self.checkpoint.has_heads:
-            msg = (
-                f"{self.checkpoint.name!r} is a dense-only checkpoint: {self.checkpoint.folder} "
-                f"lacks {' or '.join(HEADS)}. Copy both there, or ask for dense vectors alone."
-            )
-            raise ValueError(msg)
-
-
-class _Call:
-    """One call of a caller: its texts window by window, and what came of them.
-
-    Args:
-        engine: Runs it; the call keeps it alive.
-        texts: Read a window at a time.
-        outputs: What to compute.
-        options: How.
-    """
-
-    def __init__(
-        self, engine: Engine, texts: Iterable[str], outputs: Outputs, options: Options
-    ) -> None:
-        self._engine = engine
-        self._options = options
-        self._kept: M3Encoding | None = None
-        if options.paired and isinstance(texts, list):
-            self._pair = (options._replace(urgent=False), tuple(texts))
-            self._side = outputs
-            self._kept = engine.pairs.take(self._pair, outputs)
-            outputs |= Outputs(dense=True, lexical=True)
-        engine.require(outputs)
-        self._outputs = outputs
-        self._urgent = options.urgent or (isinstance(texts, list) and len(texts) == 1)
-        self._texts = iter(() if self._kept is not None else texts)
-        self._size = _COLBERT_WINDOW if outputs.colbert else _WINDOW
-        self._read = self._returned = 0
-        self._running: deque[Request] = deque()
-        self._closed = False
-        self._tokens: list[Tokens] = []
-        self._rows: list[TextOutputs] = []
-
-    def advance(self) -> Request | None:
-        """Enqueue the next windows; gives the oldest request, None after the last."""
-        while len(self._running) < _AHEAD and not self._closed:
-            window = list(islice(self._texts, self._size))
-            if not window:
-                break
-            self._enqueue(window)
-        return self._running[0] if self._running else None
-
-    def _enqueue(self, window: Sequence[str]) -> None:
-        options, first = self._options, self._read
-        self._read += len(window)
-        texts = [options.instruction + check_text(text, i) for i, text in enumerate(window, first)]
-        tokens = self._engine.encoder.tokenize(texts, options.max_length)
-        if options.on_truncate == "raise":
-            _refuse_long(tokens, first, options.max_length)
-        batch_tokens = options.batch_tokens or self._engine.encoder.batch_tokens
-        request = Request(tokens, self._outputs, batch_tokens, first, self._urgent)
-        self._running.append(request)  # first, so that Ctrl-C right after it still cancels
-        if not self._closed:
-            self._engine.scheduler.enqueue(request)
-        if self._closed:  # meanwhile, in another thread
-            request.future.cancel()
-
-    def collect(self) -> None:
-        """Take the results of the oldest request, which has run."""
-        request = self._running[0]
-        self._rows += request.future.result()
-        self._tokens += request.tokens
-        self._running.popleft()
-
-    def encoding(self) -> M3Encoding:
-        """What was collected since the last time."""
-        if self._kept is not None:
-            return self._kept
-        encoding = encoding_of(
-            self._tokens,
-            self._rows,
-            self._outputs,
-            dimension=self._engine.checkpoint.dimension,
-            max_length=self._options.max_length,
-            unweighted=self._engine.encoder.unweighted,
-            normalize=self._options.normalize,
-        )
-        self._tokens, self._rows = [], []
-        if self._options.paired:
-            self._engine.pairs.keep(self._pair, self._side, encoding)
-        return encoding
-
-    def warned(self, encoding: M3Encoding) -> M3Encoding:
-        """The same, after a warning of texts that were cut; in the thread of the caller."""
-        cut = self._options.on_truncate == "warn" and encoding.truncated.any()
-        if cut and encoding is not self._kept:
-            _warn_of_cuts(encoding, self._returned, self._options.max_length)
-        self._returned += len(encoding.truncated)
-        return encoding
-
-    def close(self) -> None:
-        """Drop the texts that have not run."""
-        self._closed = True
-        for request in list(self._running):
-            if request.process == os.getpid():  # not of a parent, who may hold the future's lock
-                request.future.cancel()
-
-
-class _Pairs:
-    """Encodings for the second of two calls with the same texts.
-
-    A hybrid vector store asks its dense and its sparse embeddings for the same texts one after the
-    other; both come from one forward pass.
-    """
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Any, ...], tuple[Outputs, M3Encoding]] = OrderedDict()
-
-    def take(self, key: tuple[Any, ...], side: Outputs) -> M3Encoding | None:
-        """What a call that asked for the other side left."""
-        with _pairs_lock:
-            kept_for, encoding = self._kept.pop(key, (side, None))
-        return None if kept_for == side else encoding
-
-    def keep(self, key: tuple[Any, ...], side: Outputs, encoding: M3Encoding) -> None:
-        """Leave an encoding to the other side."""
-        with _pairs_lock:
-            self._kept[key] = (side, encoding)
-            while len(self._kept) > _KEPT_ENCODINGS:
-                self._kept.popitem(last=False)
-
-
-def _checked(texts: Iterable[str]) -> Iterable[str]:
-    """Refuse what is not an iterable of texts; its items are checked one by one."""
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-        msg = (
-            f"A single {type(texts).__name__} was passed where a list of texts is expected. "
-            "Put it in a list, or call embed_query for one text."
-        )
-        raise TypeError(msg)
-    return texts
-
-
-def check_text(text: str, index: int) -> str:
-    """Give the text, if it can be tokenised.
-
-    Raises:
-        TypeError: It is not a string.
-        ValueError: It has a lone surrogate, which no encoding can express.
-    """
-    if not isinstance(text, str):
-        msg = (
-            f"Text {index} is {type(text).__name__}, not str. "
-            "Convert it first, or drop it from the list."
-        )
-        raise TypeError(msg)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        msg = (
-            f"Text {index} has a lone surrogate, {text[error.start]!r}, at character "
-            f"{error.start:,}. Decode the source with the right encoding, or clean it with "
-            'text.encode("utf-8", "replace").decode().'
-        )
-        raise ValueError(msg) from error
-    return text
+    def token_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """Tokens of a text in order: id, and where in the text it starts and ends."""
+        return self.encoder.token_spans(text)
 
 
 def _refuse_long(tokens: Sequence[Tokens], first: int, max_length: int) -> None:
@@ -321,67 +98,8 @@ def _refuse_long(tokens: Sequence[Tokens], first: int, max_length: int) -> None:
             raise ValueError(msg)
 
 
-def _warn_of_cuts(encoding: M3Encoding, first: int, max_length: int) -> None:
-    cut = encoding.truncated.nonzero()[0].tolist()
-    named = ", ".join(
-        f"{first + index} ({encoding.token_counts[index]:,} tokens)"
-        for index in cut[:_CUT_TEXTS_NAMED]
-    )
-    more = f" and {len(cut) - _CUT_TEXTS_NAMED:,} more" if len(cut) > _CUT_TEXTS_NAMED else ""
-    msg = (
-        f"Texts longer than max_length={max_length:,} tokens were cut: {named}{more}. "
-        "Split them (count_tokens measures), raise max_length, or choose "
-        'on_truncate="raise" or "ignore".'
-    )
-    warnings.warn(msg, UserWarning, stacklevel=_callers_level())
-
-
-def _callers_level() -> int:
-    """The `stacklevel` that makes a warning point at the code that called LangChain."""
-    frame, level = sys._getframe(1), 1  # noqa: SLF001
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("langchain"):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-@contextlib.contextmanager
-def _bar(total: int, *, show: bool) -> Iterator[tqdm[Any] | None]:
-    if not show or total < 2:  # noqa: PLR2004 - one text is over before a bar says anything
-        yield None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, unit="text", desc="Embedding") as bar:
-        yield bar
-
-
-def _result(future: Future[T]) -> T:
-    # A wait without a limit cannot be interrupted on every platform.
-    while not future.done():
-        with contextlib.suppress(FutureTimeoutError):
-            future.exception(_POLL_SECONDS)
-    return future.result()
-
-
-def _wait(request: Request, bar: tqdm[Any] | None = None) -> None:
-    """Wait until a request has run."""
-    shown = 0
-    while True:
-        if request.process != os.getpid():
-            msg = "The process was forked during this call. Make the call again in the child."
-            raise RuntimeError(msg)
-        with contextlib.suppress(FutureTimeoutError):
-            request.future.exception(_POLL_SECONDS)
-        if bar is not None:
-            bar.update(request.finished - shown)
-            shown = request.finished
-        if request.future.done():
-            return
-
-
 _engines: weakref.WeakValueDictionary[tuple[Any, ...], Engine] = weakref.WeakValueDictionary()
 _loading_lock = threading.Lock()
-_pairs_lock = threading.Lock()
 
 
 def shared_engine(checkpoint: Checkpoint, pooling: str, device: str, dtype: str) -> Engine:
@@ -445,9 +163,8 @@ def _instruction(instruction: str | None, template: str) -> str:
 
 def _unlock_after_fork() -> None:
     # A lock that another thread of the parent held is never let go in the child.
-    global _loading_lock, _pairs_lock  # noqa: PLW0603
+    global _loading_lock  # noqa: PLW0603
     _loading_lock = threading.Lock()
-    _pairs_lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -13,45 +13,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from calls import alike, texts, threads
+from calls import WAIT, Gate, alike, texts, threads
 
 from langchain_bge_dense import BGEM3Embeddings
-from langchain_bge_dense._engine import engine
+from langchain_bge_dense._engine.engine import Engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from langchain_bge_dense._engine.outputs import Outputs, TextOutputs
-
-WAIT = 20.0  # seconds; only a test that fails takes so long
 
 
 @pytest.fixture
 def own(tiny_checkpoint: Path) -> BGEM3Embeddings:
     """Embeddings that share their model with no fixture, for tests of its life."""
     return BGEM3Embeddings(model=tiny_checkpoint, device="cpu", dtype="float32", pooling="mean")
-
-
-class Gate:
-    """Stands before an encoder's `forward`: counts texts and batches, and can hold one up."""
-
-    def __init__(self, forward: Callable[..., list[TextOutputs | None]]) -> None:
-        self._forward = forward
-        self.batches: list[int] = []
-        self.entered = threading.Event()
-        self.go_on = threading.Event()
-        self.go_on.set()
-
-    def __call__(
-        self, batch: list[NDArray[np.int32]], outputs: Outputs
-    ) -> list[TextOutputs | None]:
-        self.batches.append(len(batch))
-        self.entered.set()
-        assert self.go_on.wait(WAIT)
-        return self._forward(batch, outputs)
 
 
 @pytest.fixture
@@ -360,8 +335,8 @@ class TestWindows:
 
     @pytest.fixture
     def cut(self, tiny: BGEM3Embeddings, monkeypatch: pytest.MonkeyPatch) -> BGEM3Embeddings:
-        monkeypatch.setattr(engine, "_WINDOW", 4)
-        monkeypatch.setattr(engine, "_COLBERT_WINDOW", 3)
+        monkeypatch.setattr(Engine, "window", 4)
+        monkeypatch.setattr(Engine, "colbert_window", 3)
         return tiny.model_copy(update={"max_length": 16})
 
     def test_what_was_cut_is_counted_over_all_requests(self, cut: BGEM3Embeddings) -> None:
@@ -412,7 +387,7 @@ class TestWindows:
     ) -> None:
         passages = texts(30)
         whole = tiny.encode(passages, lexical=True, colbert=True)
-        monkeypatch.setattr(engine, "_COLBERT_WINDOW", 7)
+        monkeypatch.setattr(Engine, "colbert_window", 7)
         parts = tiny.encode(passages, lexical=True, colbert=True)
         np.testing.assert_allclose(parts.dense, whole.dense, atol=1e-6)
         assert [set(weights) for weights in parts.lexical] == [set(w) for w in whole.lexical]

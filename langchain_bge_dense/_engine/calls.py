@@ -1,0 +1,402 @@
+"""The calls of callers, whoever computes: a model in this process, or one on a server. No torch.
+
+Synchronous calls, asynchronous ones and streams take one road: texts are cut into windows, a window
+is a request, and the next one is prepared while the first one runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+from langchain_bge_dense._engine.checkpoint import HEADS
+from langchain_bge_dense._engine.outputs import Outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from concurrent.futures import Future
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from tqdm import tqdm
+
+    from langchain_bge_dense._engine.checkpoint import Checkpoint
+    from langchain_bge_dense._engine.outputs import M3Encoding
+
+T = TypeVar("T")
+
+_AHEAD = 2  # requests under way
+
+_POLL_SECONDS = 0.2
+_CUT_TEXTS_NAMED = 5  # in a warning
+_KEPT_ENCODINGS = 8  # whose other half was not asked for yet
+
+
+class Options(NamedTuple):
+    """How the texts of one call are encoded.
+
+    Attributes:
+        instruction: Put in front of each text.
+        max_length: Tokens that a text is cut to.
+        on_truncate: `"warn"`, `"raise"` or `"ignore"`.
+        normalize: Scale vectors to unit length.
+        batch_tokens: Tokens per forward pass; None: what suits the device.
+        urgent: A query, which goes before documents.
+        paired: The dense and the lexical output are asked for one after the other.
+    """
+
+    instruction: str
+    max_length: int
+    on_truncate: str
+    normalize: bool
+    batch_tokens: int | None
+    urgent: bool = False
+    paired: bool = False
+
+
+class Running(Protocol):
+    """A window of texts that somebody computes.
+
+    Attributes:
+        future: Done once it has run; cancelling it drops the texts that have not run.
+        finished: Texts that have run.
+        process: Where it was made.
+    """
+
+    future: Future[Any]
+    finished: int
+    process: int
+
+
+class BaseEngine(ABC):
+    """What computes texts: `Engine` here, `Client` on a server.
+
+    Attributes:
+        checkpoint: Of the model.
+        window: Texts of a request.
+        colbert_window: Texts of a request for ColBERT vectors, which are large.
+    """
+
+    checkpoint: Checkpoint
+    window = 2_048
+    colbert_window = 256
+
+    def __init__(self) -> None:
+        self.pairs = Pairs()
+
+    @abstractmethod
+    def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Running:
+        """A request for checked texts, `first` being the caller's index of the first one."""
+
+    @abstractmethod
+    def enqueue(self, request: Any) -> None:
+        """Have it computed."""
+
+    @abstractmethod
+    def encoding(self, requests: Sequence[Any], outputs: Outputs, options: Options) -> M3Encoding:
+        """What came of requests that have run."""
+
+    @abstractmethod
+    def token_strings(self, weights: dict[int, float]) -> dict[str, float]:
+        """Lexical weights by token string, the largest first."""
+
+    @abstractmethod
+    def token_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """Tokens of a text in order: id, and where in the text it starts and ends."""
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text without the special ones around it."""
+
+    def encode(
+        self,
+        texts: Iterable[str],
+        options: Options,
+        *,
+        show_progress: bool = False,
+        **outputs: bool,
+    ) -> M3Encoding:
+        """Encode N texts for the `Outputs` named; a bar shows how many of several have run.
+
+        Raises:
+            TypeError: An item is not a string; the error names its index.
+            ValueError: The checkpoint lacks the heads for an output, a text cannot be encoded, or
+                is too long with `on_truncate="raise"`.
+            FloatingPointError: An output is non-finite in float32, too.
+        """
+        texts = list(_checked(texts))
+        call = Call(self, texts, Outputs(**outputs), options)
+        with contextlib.closing(call), _bar(len(texts), show=show_progress) as bar:
+            while (request := call.advance()) is not None:
+                wait(request, bar)
+                call.collect()
+            return call.warned(call.encoding())
+
+    async def aencode(
+        self, texts: Iterable[str], options: Options, *, first: int = 0, **outputs: bool
+    ) -> M3Encoding:
+        """`encode` for an event loop; cancelling it drops the texts that have not run."""
+        call = Call(self, list(_checked(texts)), Outputs(**outputs), options, first)
+        with contextlib.closing(call):
+            while (request := await asyncio.to_thread(call.advance)) is not None:
+                await asyncio.wrap_future(request.future)
+                call.collect()
+            return call.warned(await asyncio.to_thread(call.encoding))
+
+    def stream(self, texts: Iterable[str], options: Options) -> Iterator[NDArray[np.float32]]:
+        """Dense vectors of any iterable one by one, each `(D,)`, in constant memory."""
+        call = Call(self, _checked(texts), Outputs(), options._replace(paired=False))
+        return self._vectors(call)
+
+    def _vectors(self, call: Call) -> Iterator[NDArray[np.float32]]:
+        with contextlib.closing(call):
+            while (request := call.advance()) is not None:
+                wait(request)
+                call.collect()
+                yield from call.warned(call.encoding()).dense  # type: ignore[misc]
+
+    def require(self, outputs: Outputs) -> None:
+        """Check that outputs can be computed.
+
+        Raises:
+            ValueError: None is asked for, or the checkpoint lacks its head.
+        """
+        if not (outputs.dense or outputs.lexical or outputs.colbert):
+            msg = "No output is asked for. Set dense, lexical or colbert to True."
+            raise ValueError(msg)
+        if (outputs.lexical or outputs.colbert) and not self.checkpoint.has_heads:
+            msg = (
+                f"{self.checkpoint.name!r} is a dense-only checkpoint: {self.checkpoint.folder} "
+                f"lacks {' or '.join(HEADS)}. Copy both there, or ask for dense vectors alone."
+            )
+            raise ValueError(msg)
+
+
+class Call:
+    """One call of a caller: its texts window by window, and what came of them.
+
+    Args:
+        engine: Computes them; the call keeps it alive.
+        texts: Read a window at a time.
+        outputs: What to compute.
+        options: How.
+        first: The caller's index of the first text.
+    """
+
+    def __init__(
+        self,
+        engine: BaseEngine,
+        texts: Iterable[str],
+        outputs: Outputs,
+        options: Options,
+        first: int = 0,
+    ) -> None:
+        self._engine = engine
+        self._kept: M3Encoding | None = None
+        if options.paired and isinstance(texts, list):
+            self._pair = (options._replace(urgent=False), tuple(texts))
+            self._side = outputs
+            self._kept = engine.pairs.take(self._pair, outputs)
+            outputs |= Outputs(dense=True, lexical=True)
+        engine.require(outputs)
+        self._outputs = outputs
+        urgent = options.urgent or (isinstance(texts, list) and len(texts) == 1)
+        self._options = options._replace(urgent=urgent)
+        self._texts = iter(() if self._kept is not None else texts)
+        self._size = engine.colbert_window if outputs.colbert else engine.window
+        self._read = self._returned = first
+        self._running: deque[Running] = deque()
+        self._collected: list[Running] = []
+        self._closed = False
+
+    def advance(self) -> Running | None:
+        """Enqueue the next windows; gives the oldest request, None after the last."""
+        while len(self._running) < _AHEAD and not self._closed:
+            window = list(islice(self._texts, self._size))
+            if not window:
+                break
+            self._enqueue(window)
+        return self._running[0] if self._running else None
+
+    def _enqueue(self, window: list[str]) -> None:
+        first = self._read
+        self._read += len(window)
+        texts = [check_text(text, index) for index, text in enumerate(window, first)]
+        request = self._engine.request(texts, first, self._outputs, self._options)
+        self._running.append(request)  # first, so that Ctrl-C right after it still cancels
+        if not self._closed:
+            self._engine.enqueue(request)
+        if self._closed:  # meanwhile, in another thread
+            request.future.cancel()
+
+    def collect(self) -> None:
+        """Take the results of the oldest request, which has run."""
+        self._running[0].future.result()
+        self._collected.append(self._running.popleft())
+
+    def encoding(self) -> M3Encoding:
+        """What was collected since the last time."""
+        if self._kept is not None:
+            return self._kept
+        encoding = self._engine.encoding(self._collected, self._outputs, self._options)
+        self._collected = []
+        if self._options.paired:
+            self._engine.pairs.keep(self._pair, self._side, encoding)
+        return encoding
+
+    def warned(self, encoding: M3Encoding) -> M3Encoding:
+        """The same, after a warning of texts that were cut; in the thread of the caller."""
+        cut = self._options.on_truncate == "warn" and encoding.truncated.any()
+        if cut and encoding is not self._kept:
+            _warn_of_cuts(encoding, self._returned, self._options.max_length)
+        self._returned += len(encoding.truncated)
+        return encoding
+
+    def close(self) -> None:
+        """Drop the texts that have not run."""
+        self._closed = True
+        for request in list(self._running):
+            if request.process == os.getpid():  # not of a parent, who may hold the future's lock
+                request.future.cancel()
+
+
+class Pairs:
+    """Encodings for the second of two calls with the same texts.
+
+    A hybrid vector store asks its dense and its sparse embeddings for the same texts one after the
+    other; both come from one forward pass.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[Any, ...], tuple[Outputs, M3Encoding]] = OrderedDict()
+
+    def take(self, key: tuple[Any, ...], side: Outputs) -> M3Encoding | None:
+        """What a call that asked for the other side left."""
+        with _pairs_lock:
+            kept_for, encoding = self._kept.pop(key, (side, None))
+        return None if kept_for == side else encoding
+
+    def keep(self, key: tuple[Any, ...], side: Outputs, encoding: M3Encoding) -> None:
+        """Leave an encoding to the other side."""
+        with _pairs_lock:
+            self._kept[key] = (side, encoding)
+            while len(self._kept) > _KEPT_ENCODINGS:
+                self._kept.popitem(last=False)
+
+
+def _checked(texts: Iterable[str]) -> Iterable[str]:
+    """Refuse what is not an iterable of texts; its items are checked one by one."""
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        msg = (
+            f"A single {type(texts).__name__} was passed where a list of texts is expected. "
+            "Put it in a list, or call embed_query for one text."
+        )
+        raise TypeError(msg)
+    return texts
+
+
+def check_text(text: str, index: int) -> str:
+    """Give the text, if it can be tokenised.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It has a lone surrogate, which no encoding can express.
+    """
+    if not isinstance(text, str):
+        msg = (
+            f"Text {index} is {type(text).__name__}, not str. "
+            "Convert it first, or drop it from the list."
+        )
+        raise TypeError(msg)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        msg = (
+            f"Text {index} has a lone surrogate, {text[error.start]!r}, at character "
+            f"{error.start:,}. Decode the source with the right encoding, or clean it with "
+            'text.encode("utf-8", "replace").decode().'
+        )
+        raise ValueError(msg) from error
+    return text
+
+
+def _warn_of_cuts(encoding: M3Encoding, first: int, max_length: int) -> None:
+    cut = encoding.truncated.nonzero()[0].tolist()
+    named = ", ".join(
+        f"{first + index} ({encoding.token_counts[index]:,} tokens)"
+        for index in cut[:_CUT_TEXTS_NAMED]
+    )
+    more = f" and {len(cut) - _CUT_TEXTS_NAMED:,} more" if len(cut) > _CUT_TEXTS_NAMED else ""
+    msg = (
+        f"Texts longer than max_length={max_length:,} tokens were cut: {named}{more}. "
+        "Split them (count_tokens measures), raise max_length, or choose "
+        'on_truncate="raise" or "ignore".'
+    )
+    warnings.warn(msg, UserWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The `stacklevel` that makes a warning point at the code that called LangChain."""
+    frame, level = sys._getframe(1), 1  # noqa: SLF001
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("langchain"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+@contextlib.contextmanager
+def _bar(total: int, *, show: bool) -> Iterator[tqdm[Any] | None]:
+    if not show or total < 2:  # noqa: PLR2004 - one text is over before a bar says anything
+        yield None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit="text", desc="Embedding") as bar:
+        yield bar
+
+
+def result(future: Future[T]) -> T:
+    """Wait for a future; Ctrl-C ends the wait."""
+    # A wait without a limit cannot be interrupted on every platform.
+    while not future.done():
+        with contextlib.suppress(FutureTimeoutError):
+            future.exception(_POLL_SECONDS)
+    return future.result()
+
+
+def wait(request: Running, bar: tqdm[Any] | None = None) -> None:
+    """Wait until a request has run."""
+    shown = 0
+    while True:
+        if request.process != os.getpid():
+            msg = "The process was forked during this call. Make the call again in the child."
+            raise RuntimeError(msg)
+        with contextlib.suppress(FutureTimeoutError):
+            request.future.exception(_POLL_SECONDS)
+        if bar is not None:
+            bar.update(request.finished - shown)
+            shown = request.finished
+        if request.future.done():
+            return
+
+
+_pairs_lock = threading.Lock()
+
+
+def _unlock_after_fork() -> None:
+    # A lock that another thread of the parent held is never let go in the child.
+    global _pairs_lock  # noqa: PLW0603
+    _pairs_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_after_fork)

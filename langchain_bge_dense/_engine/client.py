@@ -1,0 +1,356 @@
+"""`Client`: an engine on a server of `langchain_bge_dense.serve`, asked over HTTP. No torch.
+
+One thread of this process runs an event loop for all calls to servers, synchronous ones included:
+what is cancelled there hangs up, and the server drops the texts that have not run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import threading
+import weakref
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+from tenacity import (
+    AsyncRetrying,
+    RetryError,
+    before_sleep_log,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential,
+)
+
+from langchain_bge_dense._engine.calls import BaseEngine, check_text, result
+from langchain_bge_dense._engine.checkpoint import Checkpoint
+from langchain_bge_dense._engine.outputs import encoding_of
+from langchain_bge_dense._engine.wire import unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator, Sequence
+
+    from langchain_bge_dense._engine.calls import Options
+    from langchain_bge_dense._engine.outputs import M3Encoding, Outputs
+
+logger = logging.getLogger(__name__)
+
+_UNIX = "unix://"
+_CONNECTIONS = 64
+_CONNECT_SECONDS = 5.0
+_KEEP_SECONDS = 30.0  # a connection without requests
+_PATIENCE_SECONDS = 60.0
+_FRAME_BYTES = 64  # of a body, around its settings and its texts
+
+_ERRORS = {
+    kind.__name__: kind
+    for kind in (
+        ConnectionError,
+        FloatingPointError,
+        MemoryError,
+        PermissionError,
+        TypeError,
+        ValueError,
+    )
+}
+_CONFLICT = 409  # its model is another one than before
+_AWAY = (502, 503, 504)  # said by what stands before a server that is not there
+
+# The system notices a machine that went away without a word, during a call of any length.
+_ALIVE = [
+    (getattr(socket, level), getattr(socket, option), value)
+    for level, option, value in (
+        ("SOL_SOCKET", "SO_KEEPALIVE", 1),
+        ("IPPROTO_TCP", "TCP_KEEPIDLE", 15),
+        ("IPPROTO_TCP", "TCP_KEEPINTVL", 5),
+        ("IPPROTO_TCP", "TCP_KEEPCNT", 6),
+    )
+    if hasattr(socket, option)
+]
+
+
+@dataclass(frozen=True)
+class ServedCheckpoint(Checkpoint):
+    """A checkpoint on a server, and the pooling that it is served with."""
+
+    served_pooling: str
+
+    @property
+    def pooling(self) -> str:
+        """`"cls"` or `"mean"`."""
+        return self.served_pooling
+
+
+@dataclass(eq=False)
+class Post:
+    """A window of texts on its way.
+
+    Attributes:
+        bodies: Of HTTP requests, each as large as the server takes, and its number of texts.
+        future: Gives their replies; cancelling it hangs up.
+        finished: Texts whose replies are there.
+        process: Whose thread sends them.
+    """
+
+    bodies: list[tuple[bytes, int]]
+    future: Future[list[bytes]] = field(default_factory=Future)
+    finished: int = 0
+    process: int = field(default_factory=os.getpid)
+
+
+class Client(BaseEngine):
+    """A loaded model on a server.
+
+    Args:
+        base_url: `http://host:port`, or `unix:///path` of a socket.
+        api_key: Sent with every request.
+    """
+
+    # Smaller than in one process: a reply is a unit of progress, and of what a retry repeats.
+    window = 256
+    colbert_window = 32
+
+    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+        super().__init__()
+        self._url = base_url
+        self._settings = (base_url, api_key)
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._https: dict[int, httpx.AsyncClient] = {}  # by process: a child has none of its own
+        weakref.finalize(self, _close, self._https).atexit = False
+
+    @cached_property
+    def _info(self) -> dict[str, Any]:
+        info: dict[str, Any] = json.loads(_run(self._ask("GET", "/info")))
+        return info
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:  # type: ignore[override]
+        """What the server serves.
+
+        Raises:
+            ConnectionError: It does not answer.
+            PermissionError: It wants another API key.
+        """
+        info = self._info
+        names = ("name", "digest", "has_heads", "dimension", "positions")
+        facts = {name: info[name] for name in names}
+        return ServedCheckpoint(Path(info["folder"]), **facts, served_pooling=info["pooling"])
+
+    def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Post:
+        """The HTTP requests for a window of texts."""
+        settings = {
+            "query": options.urgent,
+            "dense": outputs.dense,
+            "lexical": outputs.lexical,
+            "colbert": outputs.colbert,
+            "instruction": options.instruction,
+            "max_length": options.max_length,
+            "normalize": options.normalize,
+            "on_truncate": "raise" if options.on_truncate == "raise" else "ignore",
+            "encoding_format": "safetensors",
+            "digest": self.checkpoint.digest,
+            "pooling": self.checkpoint.pooling,
+        }
+        limits = self._info["limits"]
+        most = limits["colbert_texts" if outputs.colbert else "texts"]
+        head = json.dumps(settings).encode()[:-1]
+        quoted = [json.dumps(text, ensure_ascii=False).encode() for text in texts]
+        bodies = []
+        for group in _groups(quoted, most, limits["body"] - len(head) - _FRAME_BYTES):
+            body = b'%b, "first": %d, "texts": [%b]}' % (head, first, b",".join(group))
+            bodies.append((body, len(group)))
+            first += len(group)
+        return Post(bodies)
+
+    def enqueue(self, request: Post) -> None:
+        """Send a request."""
+        request.future = asyncio.run_coroutine_threadsafe(self._send(request), _event_loop())
+
+    async def _send(self, request: Post) -> list[bytes]:
+        replies = []
+        for body, count in request.bodies:
+            replies.append(await self._ask("POST", "/encode", body))
+            request.finished += count
+        return replies
+
+    def encoding(self, requests: Sequence[Post], outputs: Outputs, options: Options) -> M3Encoding:
+        """Put the replies to requests together."""
+        if requests:
+            return unpack([reply for request in requests for reply in request.future.result()])
+        return encoding_of(
+            [],
+            [],
+            outputs,
+            dimension=self.checkpoint.dimension,
+            max_length=options.max_length,
+            unweighted=np.zeros(0, np.int32),
+            normalize=options.normalize,
+        )
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text without the special ones around it."""
+        return len(self.token_spans(check_text(text, 0)))
+
+    def token_strings(self, weights: dict[int, float]) -> dict[str, float]:
+        """Lexical weights by token string, the largest first."""
+        named: dict[str, float] = self._answer("/tokens", {"weights": weights})
+        return named
+
+    def token_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """Tokens of a text in order: id, and where in the text it starts and ends."""
+        return [tuple(span) for span in self._answer("/tokenize", {"text": text})]
+
+    def _answer(self, path: str, question: dict[str, Any]) -> Any:
+        return json.loads(_run(self._ask("POST", path, json.dumps(question).encode())))
+
+    async def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """The reply to a request, which is made again where nobody answers.
+
+        Raises:
+            ConnectionError: Nobody answered for a minute, or the server has too much to do.
+            PermissionError: It wants another API key.
+            TypeError, ValueError, FloatingPointError: As the engine there raised it.
+        """
+        try:
+            return await _RETRYING.copy()(self._ask_once, method, path, body)
+        except RetryError as error:
+            attempt = error.last_attempt
+            msg = (
+                f"{self._url} did not answer {attempt.attempt_number} times: "
+                f"{attempt.exception()!r}. "
+                "Start the server with python -m langchain_bge_dense.serve, or correct base_url."
+            )
+            raise ConnectionError(msg) from attempt.exception()
+
+    async def _ask_once(self, method: str, path: str, body: bytes | None) -> bytes:
+        response = await self._http().request(method, path, content=body)
+        if response.status_code in _AWAY:
+            response.raise_for_status()
+        if response.status_code == _CONFLICT:
+            with _lock:  # new embeddings ask it anew what it has
+                _clients.pop(self._settings, None)
+        if not response.is_success:
+            raise self._error(response)
+        return response.content
+
+    def _error(self, response: httpx.Response) -> Exception:
+        """What the server raised, or that it is another one."""
+        try:
+            error = response.json()["error"]
+            return _ERRORS.get(error["type"], RuntimeError)(error["message"])
+        except (ValueError, KeyError, TypeError):
+            msg = (
+                f"{self._url} answered {response.status_code} {response.text[:200]!r}. "
+                "Let base_url be a server of langchain_bge_dense.serve."
+            )
+            return RuntimeError(msg)
+
+    def _http(self) -> httpx.AsyncClient:
+        """The connections of this process; called in its event loop alone."""
+        if os.getpid() not in self._https:
+            unix = self._url.startswith(_UNIX)
+            self._https[os.getpid()] = httpx.AsyncClient(
+                base_url="http://localhost" if unix else self._url,
+                headers=self._headers | {"Content-Type": "application/json"},
+                timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
+                transport=httpx.AsyncHTTPTransport(
+                    uds=self._url.removeprefix(_UNIX) if unix else None,
+                    limits=httpx.Limits(
+                        max_connections=_CONNECTIONS, keepalive_expiry=_KEEP_SECONDS
+                    ),
+                    socket_options=None if unix else _ALIVE,
+                ),
+            )
+        return self._https[os.getpid()]
+
+
+_RETRYING = AsyncRetrying(
+    retry=retry_if_exception_type(
+        (
+            httpx.NetworkError,
+            httpx.RemoteProtocolError,
+            httpx.TimeoutException,
+            httpx.HTTPStatusError,  # of `_AWAY`
+        )
+    ),
+    wait=wait_exponential(multiplier=0.1, max=5),
+    stop=stop_after_delay(_PATIENCE_SECONDS),
+    before_sleep=before_sleep_log(logger, logging.WARNING),
+)
+
+
+def _groups(texts: list[bytes], most: int, room: int) -> Iterator[list[bytes]]:
+    """Texts in order, `most` at once and `room` bytes, one at least.
+
+    >>> list(_groups([b"abc", b"d", b"e", b"fghijk", b"l"], 2, 6))
+    [[b'abc', b'd'], [b'e'], [b'fghijk'], [b'l']]
+    """
+    group: list[bytes] = []
+    size = 0
+    for text in texts:
+        if group and (len(group) == most or size + len(text) + 1 > room):
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text) + 1
+    if group:
+        yield group
+
+
+_clients: weakref.WeakValueDictionary[tuple[str, str | None], Client] = (
+    weakref.WeakValueDictionary()
+)
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process, as a thread is of one alone
+_lock = threading.Lock()
+
+
+def shared_client(base_url: str, api_key: str | None) -> Client:
+    """The client of these settings."""
+    with _lock:
+        client = _clients.get((base_url, api_key))
+        if client is None:
+            client = _clients[base_url, api_key] = Client(base_url, api_key)
+        return client
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """The event loop of this process, in a thread of its own."""
+    with _lock:
+        loop = _loops.get(os.getpid())
+        if loop is None:
+            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="bge-m3-client", daemon=True).start()
+        return loop
+
+
+def _run(work: Coroutine[Any, Any, bytes]) -> bytes:
+    future = asyncio.run_coroutine_threadsafe(work, _event_loop())
+    try:
+        return result(future)
+    finally:
+        future.cancel()
+
+
+def _close(https: dict[int, httpx.AsyncClient]) -> None:
+    """Close the connections of this process; those of a parent are its own."""
+    http, loop = https.get(os.getpid()), _loops.get(os.getpid())
+    if http is not None and loop is not None:
+        loop.call_soon_threadsafe(lambda: loop.create_task(http.aclose()))
+
+
+def _unlock_after_fork() -> None:
+    # A lock that another thread of the parent held is never let go in the child.
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_after_fork)

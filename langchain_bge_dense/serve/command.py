@@ -1,0 +1,120 @@
+"""The command line: `python -m langchain_bge_dense.serve --help`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ipaddress
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import uvicorn
+
+from langchain_bge_dense.embeddings import BGEM3Embeddings
+from langchain_bge_dense.serve.app import BODY, QUEUE, TEXTS, create_app
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastapi import FastAPI
+    from pydantic.fields import FieldInfo
+
+_SHUTDOWN_SECONDS = 60
+_KEEP_SECONDS = 75  # longer than the client's, which then need not find a connection closed
+_KEY_VARIABLE = "BGE_M3_API_KEY"
+_NOT_OF_A_SERVER = ("base_url", "api_key", "show_progress")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve a model until SIGTERM or Ctrl-C, which let what runs finish.
+
+    Args:
+        argv: Options of the command line, which `--help` lists; None: those of this process.
+    """
+    parser = _parser()
+    arguments = vars(parser.parse_args(argv))
+    place = {name: arguments.pop(name) for name in ("host", "port", "uds")}
+    limits = {name: arguments.pop(name) for name in ("max_texts", "max_body", "max_queue")}
+    key = arguments.pop("api_key") or os.environ.get(_KEY_VARIABLE) or None
+    open_to_all = arguments.pop("no_api_key")
+    if not (key or open_to_all or place["uds"] or _is_loopback(place["host"])):
+        parser.error(
+            f"{place['host']} can be reached from other machines. Set {_KEY_VARIABLE} to an API "
+            "key, or let anyone in with --no-api-key."
+        )
+    try:
+        embeddings = BGEM3Embeddings(**arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    _run(embeddings, create_app(embeddings, api_key=key, **limits), place)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m langchain_bge_dense.serve", description="Serve one BGE-M3 to many processes."
+    )
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen at [%(default)s]")
+    server.add_argument("--port", type=int, default=8000, help="[%(default)s]")
+    server.add_argument("--uds", help="a Unix socket to listen at instead")
+    server.add_argument("--api-key", help=f"that callers must send; better in {_KEY_VARIABLE}")
+    server.add_argument("--no-api-key", action="store_true", help="let other machines in without")
+    for name, default, counted in (
+        ("texts", TEXTS, "texts of a request"),
+        ("body", BODY, "bytes of a request"),
+        ("queue", QUEUE, "requests that wait or run"),
+    ):
+        server.add_argument(
+            f"--max-{name}", type=int, default=default, help=f"{counted} [{default}]"
+        )
+    model = parser.add_argument_group("model", "the settings of BGEM3Embeddings")
+    for name, field in BGEM3Embeddings.model_fields.items():
+        if name not in _NOT_OF_A_SERVER:
+            _add_setting(model, name, field)
+    return parser
+
+
+def _add_setting(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
+    how: dict[str, Any] = {}
+    if field.annotation is bool:
+        how["action"] = argparse.BooleanOptionalAction
+    elif get_origin(field.annotation) is Literal:
+        how["choices"] = get_args(field.annotation)
+    words = (field.description or "").partition("\n\n")[0].replace("%", "%%")
+    group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=words, **how)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _run(embeddings: BGEM3Embeddings, app: FastAPI, place: dict[str, Any]) -> None:
+    """Listen at once, and load the model meanwhile; without one, end."""
+    config = uvicorn.Config(
+        app,
+        **place,
+        access_log=False,
+        ws="none",
+        timeout_keep_alive=_KEEP_SECONDS,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+    )
+    server = uvicorn.Server(config)
+    failed: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            embeddings.load()
+        except BaseException as error:  # noqa: BLE001 - the main thread tells it
+            failed.append(error)
+            server.should_exit = True
+
+    threading.Thread(target=load, daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if failed:
+        sys.exit(f"The model cannot be loaded. {type(failed[0]).__name__}: {failed[0]}")
