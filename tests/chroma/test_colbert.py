@@ -365,8 +365,8 @@ def test_a_full_disk_stores_neither_codes_nor_passages(
     store = open_chroma(tiny, "notes", persist_directory=tmp_path, colbert=True)
     documents = [Document(f"part {n}", id=str(n)) for n in range(200)]
     with monkeypatch.context() as patch:
-        patch.setattr(colbert_module, "_SCHEMA", f"{_SCHEMA} PRAGMA max_page_count = 60;")
-        with pytest.raises(OSError, match="Could not write to .* full.*Make room"):
+        patch.setattr(colbert_module, "_SCHEMA", f"{_SCHEMA} PRAGMA max_page_count = 24;")
+        with pytest.raises(OSError, match=r"Could not write to .* full.*Make room"):
             index_documents(store, documents, batch_size=20)
     stored = store.get()
     assert 0 < len(stored["ids"]) < 200
