@@ -363,7 +363,7 @@ def test_a_full_disk_stores_neither_codes_nor_passages(
     tiny: BGEM3Embeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_chroma(tiny, "notes", persist_directory=tmp_path, colbert=True)
-    documents = [Document(f"part {n}", id=str(n)) for n in range(200)]
+    documents = [Document(f"part {n} " * 20, id=str(n)) for n in range(200)]
     with monkeypatch.context() as patch:
         patch.setattr(colbert_module, "_SCHEMA", f"{_SCHEMA} PRAGMA max_page_count = 24;")
         with pytest.raises(OSError, match=r"Could not write to .* full.*Make room"):
