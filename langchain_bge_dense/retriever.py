@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +9,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
+from langchain_bge_dense._engine.calls import warn_caller
 from langchain_bge_dense._scoring import Fusion, Weights, checked_weights
 from langchain_bge_dense.chroma.search import (
     Candidates,
@@ -240,14 +239,6 @@ class BGEM3Retriever(BaseRetriever):
             self._warn_of(lacking, len(scores), what, kept=True)
         candidates.scores["colbert"] = scores
         candidates.fuse("colbert", search.weights[2], search.fusion)
-
-
-def warn_caller(message: str) -> None:
-    """Warn at the line that called LangChain or this package."""
-    level, frame = 1, sys._getframe()  # noqa: SLF001 - as warnings itself does
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("langchain"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def _at_least_one(name: str, value: int) -> int:
