@@ -37,16 +37,16 @@ def lowest_int8_cosine() -> float:
 
     from langchain_bge_dense._engine import linear
 
-    kind = type(
-        linear.LinearFactory("int8", torch.device("cpu"), torch.float32)(
-            torch.eye(8), torch.zeros(8)
-        )
-    )
-    return 0.99 if kind is linear.PackedInt7Linear else 0.995
+    factory = linear.LinearFactory("int8", torch.device("cpu"), torch.float32)
+    layer = factory(torch.eye(8), torch.zeros(8))
+    return 0.99 if isinstance(layer, linear.PackedInt7Linear) else 0.995
 
 
 def end_as(before: set[threading.Thread]) -> bool:
-    """Whether the model's threads come to be those of before; a thread pool lets go of a call late."""
+    """Whether the model's threads come to be those of before.
+
+    A thread pool lets go of a call a moment after its result is there.
+    """
     until = time.monotonic() + WAIT
     while threads() != before and time.monotonic() < until:
         time.sleep(0.02)
