@@ -99,9 +99,9 @@ def embed_dataset(  # noqa: PLR0913
         >>> len(rows["equal rights"]["vector"]), rows[None]["error"]
         (32, 'The text is NoneType, not str. Convert it first, or drop it from the list.')
     """
+    _check_codes(colbert, colbert_pooling)
     columns = _Columns(text_column, vector_column, lexical_column, error_column, colbert_column)
     _check(columns, dataset.columns() or [])
-    _check_codes(colbert, colbert_pooling)
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     least, most, taken = _actors(machines, embeddings.device, concurrency, num_cpus, num_gpus)
     # Ray would join small blocks to batches of a given size, and fail where their types differ.

@@ -160,16 +160,18 @@ def test_similar_tokens_average_to_the_colbert_score(
         assert all(passage[t.start : t.end] == t.passage_text for t in match.similar)
 
 
-def test_a_token_finds_the_most_similar_one(small: BGEM3Embeddings) -> None:
+@pytest.mark.parametrize("length", [None, 5, 6])
+def test_a_token_finds_the_most_similar_one(small: BGEM3Embeddings, length: int | None) -> None:
+    embeddings = small.model_copy(update={"max_length": length, "on_truncate": "ignore"})
     query, passage = "shelf of the Büttcher", "seal: Büttcher\nshelf: C-14"
-    [match] = find_matches(small, query, [passage]).passages
-    [asked], [held] = (
-        small.encode([t], dense=False, colbert=True).colbert for t in (query, passage)
-    )
+    [match] = find_matches(embeddings, query, [passage]).passages
+    asked, held = embeddings.encode([query, passage], dense=False, colbert=True).colbert
     spans = [passage[start:end] for _, start, end in small._loaded().token_spans(passage)]
+    texts = [*spans[: len(held) - 1], ""]
     best = (asked @ held.T).argmax(axis=1)
-    assert [t.passage_text for t in match.similar] == [[*spans, ""][column] for column in best]
-    assert {t.text: t.passage_text for t in match.similar}["shelf"] == "shelf"
+    assert [t.passage_text for t in match.similar] == [texts[column] for column in best]
+    assert (length is None) == ("shelf" in {t.passage_text for t in match.similar})
+    assert "" in {t.passage_text for t in match.similar}
     similarities = [t.similarity for t in match.similar]
     np.testing.assert_allclose(similarities, (asked @ held.T).max(axis=1), atol=1e-5)
 
@@ -259,6 +261,13 @@ def test_a_page_underlines_by_similarity() -> None:
     assert underlined == pieces
     assert [mark.text for mark in page.select(".text mark")] == ["o th"]
     assert page.select_one(".text").text == text
+
+
+def test_tokens_that_look_like_tags_stay_texts() -> None:
+    match = Match(Document("<i>b"), (), {}, (), (SimilarToken("<b>a", "<i>b", 0, 4, 0.5),))
+    page = BeautifulSoup(Matches("", (), (match,)).to_html(), "html.parser")
+    assert page.select_one(".similar span").text == "<b>a → <i>b 0.50"
+    assert page.select_one(".text").text == "<i>b"
 
 
 def test_a_long_passage_shows_what_is_similar() -> None:

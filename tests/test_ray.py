@@ -17,7 +17,7 @@ from ray_process import BAD, BLOCKS, FATAL, TEXTS
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense._codes import Codec
 from langchain_bge_dense.chroma import index_documents, index_vectors, open_chroma
-from langchain_bge_dense.ray import _check, _check_codes, _Columns, _Embedder
+from langchain_bge_dense.ray import _check, _Columns, _Embedder, embed_dataset
 
 SCRIPT = Path(__file__).with_name("ray_process.py")
 
@@ -111,7 +111,7 @@ def test_codes_are_of_the_kind_that_is_asked_for(tiny, monkeypatch):
 @pytest.mark.parametrize(("kind", "pooling"), [("4bit", 1), (True, 1), ("1bit", 0)])
 def test_codes_that_there_are_not_are_refused(kind, pooling):
     with pytest.raises(ValueError, match=rf"colbert={kind!r} and colbert_pooling={pooling}\. Use"):
-        _check_codes(kind, pooling)
+        embed_dataset(None, None, colbert=kind, colbert_pooling=pooling)
 
 
 def test_blocks_without_rows_and_without_texts_keep_the_columns(tiny):
