@@ -35,12 +35,12 @@ def create_app() -> FastAPI:
     store, folder = open_folder(args)
     retriever = BGEM3Retriever(vectorstore=store, k=args.k, scores=True)
     template = Environment(autoescape=True).from_string(PAGE.read_text(encoding="utf-8"))
-    questions = () if args.documents else QUESTIONS
+    fixed = {"folder": folder.resolve().name, "questions": () if args.documents else QUESTIONS}
     app = FastAPI(openapi_url=None)
 
     @app.get("/")
     def search(q: str = "") -> HTMLResponse:
-        page = {"query": q, "questions": questions, "folder": folder.name, "process": os.getpid()}
+        page = {**fixed, "query": q, "process": os.getpid()}
         try:
             found = retriever.invoke(q) if q.strip() else []
             matches = find_matches(store.embeddings, q, found) if found else None

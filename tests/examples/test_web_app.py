@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -15,9 +17,12 @@ from urllib.parse import quote_plus
 
 import httpx
 import pytest
+import web_app
 from bs4 import BeautifulSoup
+from fastapi.testclient import TestClient
+from folder_index import open_collection
 from langchain_core.documents import Document
-from model_server import HOST, START_SECONDS, ModelServer, free_port
+from model_server import HOST, START_SECONDS, ModelServer, free_port, served
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense.chroma import index_documents, open_chroma
@@ -158,6 +163,21 @@ def test_without_a_question_there_is_a_form_alone(site: Site) -> None:
         page = site.get(question)
         assert page.form.button.text == "Search"
         assert not page.select(".m3-matches, [role=alert]")
+
+
+def test_an_error_is_said_on_the_page(
+    small: BGEM3Embeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(open_collection(small, tmp_path / "db", tmp_path)) as store:
+        index_documents(store, [Document("A seal.")], lexical=True)
+    with served(small, max_queue=0) as url:  # it refuses every text
+        options = {"server": url, "small": False, "documents": tmp_path, "db": tmp_path / "db"}
+        monkeypatch.setenv(web_app.OPTIONS, json.dumps({**options, "k": 5}, default=str))
+        reply = TestClient(web_app.create_app()).get("/", params={"q": "seal"})
+    assert reply.status_code == 503
+    page = BeautifulSoup(reply.text, "html.parser")
+    assert page.select_one("[role=alert]").text.startswith("0 requests wait")
+    assert page.select_one("input[name=q]")["value"] == "seal"
 
 
 @pytest.fixture(scope="module")
