@@ -28,10 +28,13 @@ test: $(VENV)/.dev ## run the tests; ARGS="..." goes to pytest
 soak: $(VENV)/.dev ## try what can go wrong, and say what was lost
 	PYTHONPATH=tests $(BIN)/python -m pytest -p faults -m "" $(ARGS)
 
-lint: $(VENV)/.dev ## check style, formatting and what may import what
+lint: $(VENV)/.dev ## check style, formatting, what may import what, and the image's files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --cache-dir .cache/imports
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 type: $(VENV)/.dev ## check types
 	$(BIN)/mypy

@@ -1,13 +1,12 @@
 """What the examples share: options, the model, notes on a terminal, the prompt, and errors."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging
+import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from chromadb.errors import ChromaError
 from display import console, plain, wrap
@@ -15,9 +14,6 @@ from rich.text import Text
 from tqdm import tqdm
 
 from langchain_bge_dense import BGEM3Embeddings
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +27,18 @@ def model_options(description: str) -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", default="BAAI/bge-m3", help="hub id or folder of a checkpoint")
     model.add_argument("--small", action="store_true", help="a small model, English only")
+    model.add_argument("--server", help="URL of langchain_bge_dense.serve, which has the model")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning"])
     return parser
 
 
 def search_options(description: str, k: int = 4) -> argparse.ArgumentParser:
-    """Make a parser for the model, the documents, the database and the question."""
+    """Make a parser for the model, the documents and the database."""
     parser = model_options(description)
     parser.add_argument("--documents", type=Path, help="folder to search (default: the handbook)")
     parser.add_argument("--db", type=Path, help="folder of the database (default: in the cache)")
     parser.add_argument("-k", type=int, default=k, help=f"passages per question (default: {k})")
-    parser.add_argument("--query", help="one question (default: a prompt)")
+    parser.set_defaults(query=None)
     return parser
 
 
@@ -61,6 +58,8 @@ def find_model(args: argparse.Namespace) -> BGEM3Embeddings:
         from small_model import build
 
         return BGEM3Embeddings(model=str(build()))
+    if args.server:
+        return BGEM3Embeddings(base_url=args.server, api_key=os.environ.get("BGE_M3_API_KEY"))
     embeddings = BGEM3Embeddings(model=args.model)
     try:
         _ = embeddings.dimension  # reads what is here, or downloads it

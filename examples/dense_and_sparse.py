@@ -5,19 +5,13 @@ python examples/dense_and_sparse.py --model ./bge-m3   # a checkpoint folder
 python examples/dense_and_sparse.py --small            # a small English model, no download
 """
 
-from __future__ import annotations
-
 import sys
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from command_line import exit_status, find_model, model_options
 from display import console, write
 
-if TYPE_CHECKING:
-    import argparse
-
-    from langchain_bge_dense import BGEM3Embeddings
+from langchain_bge_dense import BGEM3Embeddings
 
 CHINESE = (
     "稠密向量把整段文字的意思压缩成一串数字，意思相近的段落在空间里彼此靠近；"
@@ -42,13 +36,10 @@ def show(embeddings: BGEM3Embeddings, passage: str) -> None:
         write(out, f"{weight:.4f}  {token}")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Show a passage in a language that the model understands."""
-    show(find_model(args), ENGLISH if args.small else CHINESE)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    return exit_status(run, model_options("Show what a passage becomes.").parse_args(arguments))
+    args = model_options("Show what a passage becomes.").parse_args(arguments)
+    passage = ENGLISH if args.small else CHINESE
+    return exit_status(lambda args: show(find_model(args), passage), args)
 
 
 if __name__ == "__main__":

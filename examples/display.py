@@ -1,19 +1,14 @@
 """Passages and answers on a terminal of any width, where Chinese has no blanks to break at."""
 
-from __future__ import annotations
-
 import re
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
+from langchain_core.documents import Document
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from langchain_core.documents import Document
 
 WIDEST = 100  # cells that are pleasant to read
 LINES = 3  # of a passage

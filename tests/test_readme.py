@@ -9,7 +9,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import openai
 import pytest
+from model_server import served
 
 from langchain_bge_dense import BGEM3Embeddings
 
@@ -46,11 +48,16 @@ def test_the_first_example_and_its_output_come_before_line_25() -> None:
 @pytest.mark.usefixtures("_small_model_by_default")
 def test_snippets_print_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"openai": openai}
     snippets = SNIPPET.findall(text())
     assert len(snippets) >= 4
-    for code, expected in snippets:
-        assert run(code, names) == expected
+    with served(BGEM3Embeddings()) as url:
+        for code, expected in snippets:
+            assert run(code.replace("http://127.0.0.1:8000", url), names) == expected
+        with names["client"] as client:
+            found = client.embeddings.create(model="bge-m3", input="trout").data[0].embedding
+        local, shared = names["embeddings"], names["shared"]
+        assert found == shared.embed_documents(["trout"])[0] == local.embed_documents(["trout"])[0]
     names["store"].close()
 
 

@@ -232,7 +232,7 @@ class Client(BaseEngine):
 
     async def _ask_once(self, method: str, path: str, body: bytes | None) -> bytes:
         response = await self._http().request(method, path, content=body)
-        if response.status_code in _AWAY:
+        if response.status_code in _AWAY or _is_lost(response):
             response.raise_for_status()
         if response.status_code == _CONFLICT:
             with _lock:  # new embeddings ask it anew what it has
@@ -278,13 +278,19 @@ _RETRYING = AsyncRetrying(
             httpx.NetworkError,
             httpx.RemoteProtocolError,
             httpx.TimeoutException,
-            httpx.HTTPStatusError,  # of `_AWAY`
+            httpx.HTTPStatusError,  # of a server that is not there
         )
     ),
     wait=wait_exponential(multiplier=0.1, max=5),
     stop=stop_after_delay(_PATIENCE_SECONDS),
     before_sleep=before_sleep_log(logger, logging.WARNING),
 )
+
+
+def _is_lost(response: httpx.Response) -> bool:
+    """Whether Ray Serve says that a replica died; the application's own failures are JSON."""
+    kind = response.headers.get("content-type", "")
+    return response.status_code == httpx.codes.INTERNAL_SERVER_ERROR and "json" not in kind
 
 
 def _groups(texts: list[bytes], most: int, room: int) -> Iterator[list[bytes]]:

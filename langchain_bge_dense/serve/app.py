@@ -220,6 +220,11 @@ def _malformed(http: Request, error: Exception) -> JSONResponse:
     return _refused(http, refusal(422, ValueError(msg)))
 
 
+def _failed(http: Request, error: Exception) -> JSONResponse:
+    msg = f"The server failed: {type(error).__name__}. Its log says where."
+    return _refused(http, refusal(500, RuntimeError(msg)))
+
+
 def create_app(
     embeddings: BGEM3Embeddings,
     *,
@@ -251,5 +256,6 @@ def create_app(
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(Exception, _failed)
     app.add_middleware(_Entrance, service=app.state.service, api_key=api_key)
     return app

@@ -88,7 +88,8 @@ def run(model, handbook_db, monkeypatch):
 @pytest.fixture(scope="module")
 def handbook(model, handbook_db):
     """The store that `main` fills."""
-    args = Namespace(small=False, model=model.model, documents=ENGLISH, db=handbook_db)
+    places = {"documents": ENGLISH, "db": handbook_db}
+    args = Namespace(small=False, server=None, model=model.model, **places)
     return open_documents(args, lexical=True)
 
 
@@ -285,11 +286,7 @@ def test_errors_are_one_line(run, folder, tmp_path):
         ("-k is 0. ", ["-k", 0], {}),
         ("The question is empty", ["--query", " "], {}),
         (f"--html {tmp_path} is a folder", ["--html", tmp_path], {}),
-        (
-            f"--html {tmp_path}/no/p.html is in {tmp_path}/no",
-            ["--html", tmp_path / "no/p.html"],
-            {},
-        ),
+        (f"--html {tmp_path}/no/p.html is a", ["--html", tmp_path / "no/p.html"], {}),
         ("There is no folder", [], {"documents": tmp_path / "missing"}),
         ("", [], {"model": headless, "documents": folder, "db": tmp_path / "db"}),
     ]:

@@ -256,6 +256,19 @@ async def test_who_hangs_up_is_not_computed(url: str, tiny: BGEM3Embeddings) -> 
             assert gate.batches == [1, 1]
 
 
+async def test_a_failure_of_its_own_is_json(
+    tiny: BGEM3Embeddings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which a client tells it from what Ray Serve says of a replica that died."""
+    app = create_app(tiny)
+    monkeypatch.setattr(app.state.service, "info", lambda: 1 / 0)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+        reply = await http.get("/info")
+    assert reply.status_code == 500
+    assert reply.json()["error"]["message"].startswith("The server failed: ZeroDivisionError.")
+
+
 def test_info_says_what_is_served(http: httpx.Client, tiny: BGEM3Embeddings) -> None:
     info = http.get("/info").json()
     assert info["fingerprint"] == tiny.fingerprint
