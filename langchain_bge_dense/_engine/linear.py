@@ -133,7 +133,14 @@ class PlainInt8Linear:
 
 
 class PackedInt8Linear(PlainInt8Linear):
-    """The same by oneDNN's int8 product."""
+    """The same by oneDNN's int8 product.
+
+    Its kernels take signed codes with AMX, and unsigned ones without: there it would reorder the
+    weights for each product of signed codes.
+    """
+
+    _zero = 0 if torch.cpu._is_amx_tile_supported() else 128  # noqa: SLF001
+    """The code that stands for 0."""
 
     def _pack(self, codes: Tensor) -> None:
         self._codes = torch.ops.onednn.qlinear_prepack(codes, None)
@@ -143,7 +150,11 @@ class PackedInt8Linear(PlainInt8Linear):
         linear: Any = torch.ops.onednn.qlinear_pointwise
         weights = (self._codes, self._scales, self._zeros)
         dtype = self._bias.dtype
-        product: Tensor = linear(codes, 1.0, 0, *weights, None, 1.0, 0, dtype, "none", [], "")
+        if self._zero:
+            codes = codes.view(torch.uint8).bitwise_xor_(self._zero)  # adds 128
+        product: Tensor = linear(
+            codes, 1.0, self._zero, *weights, None, 1.0, 0, dtype, "none", [], ""
+        )
         return product
 
 
