@@ -98,7 +98,7 @@ class SharedToken(NamedTuple):
 
 
 class SimilarToken(NamedTuple):
-    """A token of the query, and the token of the passage that is most similar to it.
+    """A token of the query, and the passage's most similar one, from `start` to `end`.
 
     The token that closes a text has none, and neither have those of a document's instruction.
     """
@@ -106,7 +106,6 @@ class SimilarToken(NamedTuple):
     text: str
     passage_text: str
     start: int
-    """Where the passage's token starts in the passage."""
     end: int
     similarity: float
 
@@ -229,14 +228,23 @@ class Matches:
     def _strongest(self) -> float:
         return max((mark.score for match in self.passages for mark in match.marks), default=0)
 
+    def _underlined(self, match: Match) -> list[Mark]:
+        """Places of similar tokens that are at least half as similar as the best of all."""
+        found = [token.similarity for each in self.passages for token in each.similar]
+        strong = [token for token in match.similar if token.similarity >= max(found) / 2]
+        places = sorted(Mark(token.start, token.end, token.similarity) for token in strong)
+        return _joined(match.document.page_content, places)
+
     def _section(self, match: Match, label: str) -> str:
         words = [f"{_escape(w)} {s:.2f}" for w, s in match.words.items() if s >= _SMALLEST]
+        marks = [m._replace(score=m.score / self._strongest) for m in self.strong_marks(match)]
+        text = _marked(match.document.page_content, marks, self._underlined(match))
         total = f"<b>Lexical {match.lexical_score:.2f}</b>"
         return f"""<section>
 <header><b>{_escape(label)}</b>
 <small>{_other_scores(match)}</small>
 <small>{total} = {" + ".join(words) or "no word in common"}</small></header>
-<p class="text" dir="auto">{_marked(match, self.strong_marks(match), self._strongest)}</p>
+<p class="text" dir="auto">{text}</p>
 {_similar_html(match)}</section>"""
 
 
@@ -380,12 +388,10 @@ def _similar(
     """The best of each row of `(Q, T)` similarities, whose last row and column close the texts."""
     tokens = [token.text for word in words for token in word.tokens][: len(similarities) - 1]
     places = [(start, end) for _, start, end in spans[: similarities.shape[1] - 1]]
-    best = similarities.argmax(axis=1).tolist()  # (Q,)
-    for row, column in enumerate(best):
+    for row, column in enumerate(similarities.argmax(axis=1).tolist()):  # (Q,)
         start, end = places[column] if column < len(places) else (len(text), len(text))
         asked = tokens[row] if row < len(tokens) else ""
-        similarity = float(similarities[row, column])
-        yield SimilarToken(asked, text[start:end], start, end, similarity)
+        yield SimilarToken(asked, text[start:end], start, end, float(similarities[row, column]))
 
 
 def _joined(text: str, marks: Iterable[Mark]) -> list[Mark]:
@@ -442,17 +448,13 @@ def _word_html(word: Word, words: Iterable[Word]) -> str:
     return f'<span class="word">{tokens}</span>'
 
 
-def _marked(match: Match, marks: Sequence[Mark], strongest: float) -> str:
-    """A passage with marks and similar tokens, cut to what surrounds them."""
-    text = match.document.page_content
-    strengths = [Mark(start, end, score / strongest) for start, end, score in marks]
-    similar = [Mark(token.start, token.end, token.similarity) for token in match.similar]
+def _marked(text: str, marks: Sequence[Mark], underlined: Sequence[Mark]) -> str:
+    """A passage with marks and underlined places, cut to what surrounds them."""
 
-    def underlined(start: int, end: int) -> str:
-        found = _joined(text, sorted(similar))
-        return _annotated("u", start, end, found, lambda *ends: _escape(_cut(text, *ends)))
+    def inner(start: int, end: int) -> str:
+        return _annotated("u", start, end, underlined, lambda *ends: _escape(_cut(text, *ends)))
 
-    return _annotated("mark", 0, len(text), strengths, underlined)
+    return _annotated("mark", 0, len(text), marks, inner)
 
 
 def _annotated(

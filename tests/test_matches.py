@@ -250,17 +250,20 @@ def test_a_page_underlines_by_similarity() -> None:
         SimilarToken("a", "two", 4, 7, 0.8),
         SimilarToken("b", "one", 0, 3, -0.2),
         SimilarToken("c", "three", 8, 13, 1.5),
-        SimilarToken("d", "two", 4, 7, 0.4),
+        SimilarToken("d", "two", 4, 7, 0.76),
+        SimilarToken("e", "four", 14, 18, 0.74),
         SimilarToken("", "", 18, 18, 0.4),
     )
     match = Match(Document(text), (), {}, (Mark(6, 10, 1.0),), similar)
-    assert match.colbert_score == pytest.approx(2.9 / 5)
+    assert match.colbert_score == pytest.approx(4.0 / 6)
     page = BeautifulSoup(Matches("", (), (match,)).to_html(), "html.parser")
     underlined = [(part.text, part["style"][-4:]) for part in page.select(".text u")]
-    pieces = [("one", "0.00"), ("tw", "0.80"), ("o", "0.80"), ("th", "1.00"), ("ree", "1.00")]
+    pieces = [("tw", "0.80"), ("o", "0.80"), ("th", "1.00"), ("ree", "1.00")]
     assert underlined == pieces
     assert [mark.text for mark in page.select(".text mark")] == ["o th"]
     assert page.select_one(".text").text == text
+    entries = [entry.u["style"][-4:] for entry in page.select(".similar span")]
+    assert entries == ["0.80", "0.00", "1.00", "0.76", "0.74"]
 
 
 def test_tokens_that_look_like_tags_stay_texts() -> None:
