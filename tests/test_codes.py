@@ -119,5 +119,7 @@ def test_a_models_codec_is_the_same_wherever_it_is_made(tiny: BGEM3Embeddings) -
     np.testing.assert_array_equal(one.mean, other.mean)
     instructed = tiny.model_copy(update={"document_instruction": "passage: "})
     np.testing.assert_array_equal(Codec.of(instructed).mean, one.mean)
+    short = tiny.model_copy(update={"max_length": 8, "on_truncate": "raise"})
+    assert Codec.of(short).mean @ one.mean > 0.9 * np.square(one.mean).sum()
     assert 0.01 < np.linalg.norm(one.mean) < 1
     assert one.mean.dtype == np.float32
