@@ -302,8 +302,8 @@ def test_the_command_line_loads_a_chat_model_and_shows_its_answer(run, monkeypat
 
 
 def test_a_missing_provider_is_named():
-    with pytest.raises(ValueError, match="langchain-openai"):
-        load_chat_model("openai:gpt-4o")
+    with pytest.raises(ValueError, match="langchain-anthropic"):
+        load_chat_model("anthropic:claude-opus-4-5")
 
 
 def test_scores_are_cosines(run, folder, tmp_path):
