@@ -154,19 +154,23 @@ def seconds(function: Callable[[list[str]], Any], texts: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def matrix_peak(device: str) -> float:
-    """Largest rate of a bfloat16 matrix product on this machine, in FLOP/s."""
+def matrix_peak(device: str) -> tuple[str, float]:
+    """The dtype that is fastest here, and the largest rate of its matrix product, in FLOP/s."""
     import torch
 
+    from langchain_bge_dense._engine.loading import cpu_has_bf16
+
+    # Without bfloat16 in hardware its products are emulated, and take minutes.
+    dtype = torch.bfloat16 if device != "cpu" or cpu_has_bf16() else torch.float32
     rates = []
     with torch.inference_mode():
         for size in (2048, 4096):
-            a, b = torch.randn(2, size, size).to(device, torch.bfloat16)
+            a, b = torch.randn(2, size, size).to(device, dtype)
             for _ in range(9):
                 start = time.perf_counter()
                 torch.mm(a, b)[0, 0].item()  # waits for the device
                 rates.append(2 * size**3 / (time.perf_counter() - start))
-    return max(rates)
+    return str(dtype).removeprefix("torch."), max(rates)
 
 
 def write_texts(arguments: argparse.Namespace, file: Path) -> int:
@@ -225,7 +229,7 @@ def vectors_file(folder: Path, name: str) -> Path:
 
 
 def speed_table(
-    results: dict[str, dict[str, float]], cosines: dict[str, float | None], peak: float
+    results: dict[str, dict[str, float]], cosines: dict[str, float | None], peak: float, dtype: str
 ) -> None:
     others = [name for name in (FLAG, HUGGINGFACE, ST_OPENVINO, ST_FLOAT16) if name in results]
     rows = []
@@ -239,7 +243,7 @@ def speed_table(
             [name, f"{figures['cold']:,.0f}", f"{rate:,.0f}", *ratios, *queries, share, exactness]
         )
     header = ["encoder", "tokens/s, cold", "warm", *(f"÷ {other}" for other in others), *QUERIES]
-    show([*header, "of bf16 peak", "lowest cosine to float32"], rows)
+    show([*header, f"of {dtype} peak", "lowest cosine to float32"], rows)
 
 
 def query_cell(figures: dict[str, float], flag: dict[str, float] | None, key: str) -> str:
@@ -308,10 +312,10 @@ def compare(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokens = write_texts(arguments, folder / "texts.json")
-        peak = matrix_peak(arguments.device)
+        dtype, peak = matrix_peak(arguments.device)
         print(
             f"{machine()}\n\nCorpus of {tokens:,} tokens. "
-            f"Peak of the bf16 matrix product: {peak / 1e9:,.0f} GFLOP/s\n"
+            f"Peak of the {dtype} matrix product: {peak / 1e9:,.0f} GFLOP/s\n"
         )
         results = {name: run(name, arguments, folder) for name in contenders(arguments)}
         if arguments.long:
@@ -319,7 +323,7 @@ def compare(arguments: argparse.Namespace) -> None:
             finish("encode --long", {"peak": peak, "figures": results})
             return
         cosines = {contender: lowest_cosine(contender, folder) for contender in results}
-    speed_table(results, cosines, peak)
+    speed_table(results, cosines, peak, dtype)
     print()
     memory_table(results)
     finish("encode", {"peak": peak, "figures": results, "cosines": cosines})

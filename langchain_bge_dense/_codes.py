@@ -7,12 +7,12 @@ right, so that scores have no bias (RaBitQ, arXiv:2405.12497). The query is not 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -30,6 +30,7 @@ _BITS = {"1bit": (2,), "2bit": (13, 7)}
 _PEAK = 127  # of int8 codes
 _SMALLEST = 1e-12  # of what is divided by: a vector that equals the mean has no residual
 _CHUNK = 2_048  # tokens unpacked at once
+_CHARACTERS = 1 << 16  # of texts encoded at once: at most as many tokens, of 4 KiB each
 _POOLED = 512  # tokens clustered at once: the time grows with their square
 
 # A mean over tokens of everyday sentences stands for that of all tokens of a model: it takes away
@@ -173,6 +174,17 @@ class Codec(NamedTuple):
         values = np.array(_BITS.get(self.kind, (1,)), np.float32)
         levels: NDArray[np.float32] = numbers @ values + np.float32(_LOWEST[self.kind])
         return levels  # (P, D)
+
+
+def neighbours(texts: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Texts in runs whose ColBERT vectors fit into memory together; what is no text counts too."""
+    start = size = 0
+    for stop, length in enumerate(len(str(text)) for text in texts):
+        if size and size + length > _CHARACTERS:
+            yield texts[start:stop]
+            start, size = stop, 0
+        size += length
+    yield texts[start:]
 
 
 def pooled(vectors: NDArray[np.float32], factor: int) -> NDArray[np.float32]:

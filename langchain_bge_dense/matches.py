@@ -1,22 +1,36 @@
-"""Why a passage matched a query: the tokens that both hold, their weights, and where they stand."""
+"""Why a passage matched a query: the tokens that both hold, and those that are similar."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from html import escape as escape_html
-from typing import TYPE_CHECKING, NamedTuple
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.documents import Document
 
 from langchain_bge_dense._scoring import SCORES, score_key
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from langchain_bge_dense.chroma.store import BGEM3Chroma
     from langchain_bge_dense.embeddings import BGEM3Embeddings
 
-__all__ = ["Mark", "Match", "Matches", "SharedToken", "Token", "Word", "find_matches"]
+__all__ = [
+    "Mark",
+    "Match",
+    "Matches",
+    "SharedToken",
+    "SimilarToken",
+    "Token",
+    "Word",
+    "find_matches",
+]
 
 _CJK = r"\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 _LETTER_PAIR = re.compile(rf"[^\W{_CJK}]{{2}}")
@@ -44,6 +58,9 @@ _STYLE = """<style>
 .m3-matches .text { flex: 3 1 26rem; margin: 0; white-space: pre-line; }
 .m3-matches mark { color: inherit; border-radius: .1875rem; padding: .0625rem .125rem;
   margin: 0 -.0625rem; background: rgb(240 170 0 / calc(.1 + .55 * var(--strength))); }
+.m3-matches u { text-decoration: underline .125rem; text-underline-offset: .1875rem;
+  text-decoration-color: rgb(60 130 240 / calc(var(--strength) * var(--strength))); }
+.m3-matches .similar { flex: 1 0 100%; display: flex; flex-wrap: wrap; gap: 0 .875rem; }
 </style>"""
 
 _PAGE = """<!doctype html>
@@ -78,6 +95,20 @@ class SharedToken(NamedTuple):
     def score(self) -> float:
         """What it adds to the lexical score: the product of its weights."""
         return self.query_weight * self.passage_weight
+
+
+class SimilarToken(NamedTuple):
+    """A token of the query, and the token of the passage that is most similar to it.
+
+    The token that closes a text has none, and neither have those of a document's instruction.
+    """
+
+    text: str
+    passage_text: str
+    start: int
+    """Where the passage's token starts in the passage."""
+    end: int
+    similarity: float
 
 
 class Mark(NamedTuple):
@@ -116,17 +147,25 @@ class Match:
             query and passage repeat it.
         words: The same by words of the query: a word, or the shared part of it, and its score.
         marks: Places in the passage, in order; tokens that touch inside a word are one mark.
+        similar: Each token of the query, the one that closes it included, with the passage's token
+            that is most similar to it, in the order of the query.
     """
 
     document: Document
     tokens: tuple[SharedToken, ...]
     words: Mapping[str, float]
     marks: tuple[Mark, ...]
+    similar: tuple[SimilarToken, ...] = ()
 
     @property
     def lexical_score(self) -> float:
         """The sum of the tokens' scores."""
         return sum(token.score for token in self.tokens)
+
+    @property
+    def colbert_score(self) -> float:
+        """The mean of the similar tokens' similarities."""
+        return fmean(token.similarity for token in self.similar) if self.similar else 0.0
 
 
 @dataclass(frozen=True)
@@ -159,8 +198,8 @@ class Matches:
 
         Example:
             >>> embeddings = BGEM3Embeddings(model=checkpoint)
-            >>> html = find_matches(embeddings, "equal", ["<b>equal</b> rights"]).to_html()
-            >>> "&lt;b&gt;" in html, "<b>equal" in html
+            >>> html = find_matches(embeddings, "equal", ["<i>equal</i> rights"]).to_html()
+            >>> "&lt;" in html, "<i>" in html
             (True, False)
         """
         words = "\n".join(_word_html(word, self.words) for word in self.words)
@@ -198,27 +237,34 @@ class Matches:
 <small>{_other_scores(match)}</small>
 <small>{total} = {" + ".join(words) or "no word in common"}</small></header>
 <p class="text" dir="auto">{_marked(match, self.strong_marks(match), self._strongest)}</p>
-</section>"""
+{_similar_html(match)}</section>"""
 
 
 def find_matches(
-    embeddings: BGEM3Embeddings, query: str, passages: Iterable[str | Document]
+    embeddings: BGEM3Embeddings,
+    query: str,
+    passages: Iterable[str | Document],
+    *,
+    store: BGEM3Chroma | None = None,
 ) -> Matches:
-    """Find what passages share with a query by the model's own tokens and lexical weights.
+    """Find what passages share with a query by the model's own tokens, weights and vectors.
 
-    The lexical score of each passage is the one that `BGEM3Retriever` and `BGEM3Reranker` give it.
+    The lexical and the ColBERT score of each passage are those that `BGEM3Retriever` and
+    `BGEM3Reranker` give it.
 
     Args:
-        embeddings: The model, which needs its lexical head.
+        embeddings: The model, which needs its lexical and ColBERT heads.
         query: The query.
         passages: Texts, or documents such as a retriever returns.
+        store: Of `open_chroma`. Similarities of documents whose ColBERT codes it keeps, one for
+            each token, are computed from these, as its retriever does.
 
     Returns:
-        The matches: `words` of the query, and `passages` with their shared tokens and marks.
+        The matches: `words` of the query, and `passages` with their shared and similar tokens.
 
     Raises:
         TypeError: The query or a passage is not a string.
-        ValueError: The checkpoint has no lexical head.
+        ValueError: The checkpoint has no heads, or the store is of another model.
 
     Example:
         >>> from langchain_bge_dense.matches import find_matches
@@ -231,32 +277,54 @@ def find_matches(
         (True, ())
         >>> [first.document.page_content[start:end] for start, end, _ in first.marks]
         ['equal', 'rights']
+        >>> first.colbert_score > second.colbert_score
+        True
     """
     if isinstance(passages, (str, Document)):
         msg = f"passages is one {type(passages).__name__}. Pass a list of strings or documents."
         raise TypeError(msg)
-    passages = list(passages)
+    documents = [
+        p if isinstance(p, Document) else Document.model_construct(page_content=p) for p in passages
+    ]
     instruction = embeddings.query_instruction
-    [weights] = _lexical(embeddings, [query], instruction)
-    words = _words(embeddings, instruction + query, weights)
-    texts = [p.page_content if isinstance(p, Document) else p for p in passages]
-    found = zip(passages, _lexical(embeddings, texts, None), strict=True)
-    matches = (
-        _match(embeddings, words, p if isinstance(p, Document) else Document(p), held)
-        for p, held in found
-    )
+    signals: Any = {"dense": False, "lexical": True, "colbert": True}
+    asked: Any = embeddings.encode([query], **signals, instruction=instruction)
+    words = _words(embeddings, instruction + query, asked.lexical[0])
+    stored = _stored(embeddings, store, documents)
+    texts = [document.page_content for document in documents]
+    signals["colbert"] = len(stored) < len(texts)
+    held: Any = embeddings.encode(texts, **signals)
+    matches = []
+    for row, document in enumerate(documents):
+        vectors = stored[row] if row in stored else held.colbert[row]  # (T, D)
+        similarities = asked.colbert[0] @ vectors.T  # (Q, T)
+        spans = _spans(embeddings, texts[row], embeddings.document_instruction)
+        matches.append(_match(words, document, held.lexical[row], similarities, spans))
     return Matches(instruction + query, tuple(words), tuple(matches))
 
 
-def _lexical(
-    embeddings: BGEM3Embeddings, texts: list[str], instruction: str | None
-) -> list[dict[int, float]]:
-    encoding = embeddings.encode(texts, dense=False, lexical=True, instruction=instruction)
-    return encoding.lexical or []
+def _stored(
+    embeddings: BGEM3Embeddings, store: BGEM3Chroma | None, documents: Sequence[Document]
+) -> dict[int, NDArray[np.float32]]:
+    """ColBERT vectors, `(T, D)`, of those documents of which the store keeps one for each token."""
+    if store is None:
+        return {}
+    from langchain_bge_dense.chroma.search import model_of, stored_vectors
+
+    model_of(store, embeddings)  # raises where it is another
+    rows = {document.id: row for row, document in enumerate(documents) if document.id}
+    texts = [documents[row].page_content for row in rows.values()]
+    vectors = stored_vectors(store._passages, list(rows), texts)  # noqa: SLF001
+    return {rows[passage]: found for passage, found in vectors.items()}
 
 
-def _spans(embeddings: BGEM3Embeddings, text: str) -> list[tuple[int, int, int]]:
-    return embeddings._loaded().token_spans(text)  # noqa: SLF001 - ids, starts and ends
+def _spans(
+    embeddings: BGEM3Embeddings, text: str, instruction: str = ""
+) -> list[tuple[int, int, int]]:
+    """Ids of tokens and where in the text they are; those of an instruction have no width."""
+    found = embeddings._loaded().token_spans(instruction + text)  # noqa: SLF001
+    offset = len(instruction)
+    return [(id_, max(start - offset, 0), max(end - offset, 0)) for id_, start, end in found]
 
 
 def _words(embeddings: BGEM3Embeddings, query: str, weights: dict[int, float]) -> list[Word]:
@@ -274,7 +342,11 @@ def _words(embeddings: BGEM3Embeddings, query: str, weights: dict[int, float]) -
 
 
 def _match(
-    embeddings: BGEM3Embeddings, words: Sequence[Word], document: Document, held: dict[int, float]
+    words: Sequence[Word],
+    document: Document,
+    held: dict[int, float],
+    similarities: NDArray[np.float32],
+    spans: Sequence[tuple[int, int, int]],
 ) -> Match:
     tokens: dict[int, SharedToken] = {}
     scores: dict[str, float] = {}
@@ -289,14 +361,31 @@ def _match(
             scores[name] = scores.get(name, 0) + sum(token.score for token in new.values())
         tokens |= new
     text = document.page_content
-    places = [span for span in _spans(embeddings, text) if span[0] in tokens] if tokens else []
-    marks = _joined(text, [Mark(start, end, tokens[id_].score) for id_, start, end in places])
+    marks = [Mark(start, end, tokens[id_].score) for id_, start, end in spans if id_ in tokens]
     return Match(
         document,
         tuple(sorted(tokens.values(), key=lambda token: -token.score)),
         dict(sorted(scores.items(), key=lambda item: -item[1])),
-        tuple(marks),
+        tuple(_joined(text, marks)),
+        tuple(_similar(words, text, similarities, spans)),
     )
+
+
+def _similar(
+    words: Iterable[Word],
+    text: str,
+    similarities: NDArray[np.float32],
+    spans: Sequence[tuple[int, int, int]],
+) -> Iterable[SimilarToken]:
+    """The best of each row of `(Q, T)` similarities, whose last row and column close the texts."""
+    tokens = [token.text for word in words for token in word.tokens][: len(similarities) - 1]
+    places = [(start, end) for _, start, end in spans[: similarities.shape[1] - 1]]
+    best = similarities.argmax(axis=1).tolist()  # (Q,)
+    for row, column in enumerate(best):
+        start, end = places[column] if column < len(places) else (len(text), len(text))
+        asked = tokens[row] if row < len(tokens) else ""
+        similarity = float(similarities[row, column])
+        yield SimilarToken(asked, text[start:end], start, end, similarity)
 
 
 def _joined(text: str, marks: Iterable[Mark]) -> list[Mark]:
@@ -337,7 +426,8 @@ def _other_scores(match: Match) -> str:
     scores = {
         name: value
         for name in SCORES
-        if name != "lexical" and (value := match.document.metadata.get(score_key(name))) is not None
+        if name not in {"lexical", "colbert"}
+        and (value := match.document.metadata.get(score_key(name))) is not None
     }
     return " · ".join(f"{_escape(name.capitalize())} {value:.2f}" for name, value in scores.items())
 
@@ -345,31 +435,63 @@ def _other_scores(match: Match) -> str:
 def _word_html(word: Word, words: Iterable[Word]) -> str:
     largest = max(token.weight for each in words for token in each.tokens)
     tokens = "".join(
-        f'<span class="token">{_mark_html(text, weight, largest)}<small>{weight:.2f}</small></span>'
+        f'<span class="token">{_tagged("mark", _escape(text), weight / largest if largest else 0)}'
+        f"<small>{weight:.2f}</small></span>"
         for _, text, weight in word.tokens
     )
     return f'<span class="word">{tokens}</span>'
 
 
 def _marked(match: Match, marks: Sequence[Mark], strongest: float) -> str:
-    """A passage with marks, cut to what surrounds them."""
-    text, end, parts = match.document.page_content, 0, []
+    """A passage with marks and similar tokens, cut to what surrounds them."""
+    text = match.document.page_content
+    strengths = [Mark(start, end, score / strongest) for start, end, score in marks]
+    similar = [Mark(token.start, token.end, token.similarity) for token in match.similar]
+
+    def underlined(start: int, end: int) -> str:
+        found = _joined(text, sorted(similar))
+        return _annotated("u", start, end, found, lambda *ends: _escape(_cut(text, *ends)))
+
+    return _annotated("mark", 0, len(text), strengths, underlined)
+
+
+def _annotated(
+    tag: str, start: int, end: int, marks: Iterable[Mark], inner: Callable[[int, int], str]
+) -> str:
+    """Write what is from `start` to `end` by `inner`, and put what is marked there into tags."""
+    parts = []
     for mark in marks:
-        parts.append(_escape(_cut(text[end : mark.start], before=end > 0, after=True)))
-        parts.append(_mark_html(text[mark.start : mark.end], mark.score, strongest))
-        end = mark.end
-    return "".join([*parts, _escape(_cut(text[end:], before=True, after=False))])
+        first, last = max(mark.start, start), min(mark.end, end)
+        if first < last:
+            parts += [inner(start, first), _tagged(tag, inner(first, last), mark.score)]
+            start = last
+    return "".join([*parts, inner(start, end)])
 
 
-def _cut(text: str, *, before: bool, after: bool) -> str:
-    """Shorten a text between marks to what follows the mark before and leads to the mark after."""
-    if len(text) <= _CONTEXT * (before + after) + _CONTEXT:
-        return text
-    head = re.sub(r"\s\S{0,20}$", "", text[:_CONTEXT]) if before else ""
-    tail = re.sub(r"^\S{0,20}\s", "", text[-_CONTEXT:]) if after else ""
+def _cut(text: str, start: int, end: int) -> str:
+    """Shorten a part of a text to what follows the mark before and leads to the mark after."""
+    before, after = start > 0 or end == len(text), end < len(text)
+    part = text[start:end]
+    if len(part) <= _CONTEXT * (before + after) + _CONTEXT:
+        return part
+    head = re.sub(r"\s\S{0,20}$", "", part[:_CONTEXT]) if before else ""
+    tail = re.sub(r"^\S{0,20}\s", "", part[-_CONTEXT:]) if after else ""
     return f"{head} … {tail}"
 
 
-def _mark_html(text: str, score: float, strongest: float) -> str:
-    strength = score / strongest if strongest else 0
-    return f'<mark style="--strength: {strength:.2f}">{_escape(text)}</mark>'
+def _tagged(tag: str, html: str, strength: float) -> str:
+    return f'<{tag} style="--strength: {min(max(strength, 0), 1):.2f}">{html}</{tag}>'
+
+
+def _similar_html(match: Match) -> str:
+    """Tokens of the query and what is most similar to them; punctuation is left out."""
+    if not match.similar:
+        return ""
+    tokens = (
+        f"<span><bdi>{_escape(text)}</bdi> → "
+        f"<bdi>{_tagged('u', _escape(found), similarity)}</bdi> {similarity:.2f}</span>"
+        for text, found, _, _, similarity in match.similar
+        if found and re.search(r"\w", text)
+    )
+    score = f"<b>{_tagged('u', 'ColBERT', 1)} {match.colbert_score:.2f}</b>"
+    return "\n".join([f'<small class="similar">{score}', *tokens, "</small>\n"])

@@ -21,6 +21,8 @@ except ImportError as error:
     )
     raise ImportError(msg, name=error.name) from error
 
+from langchain_bge_dense._codes import KINDS, Codec, Kind, neighbours
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -46,6 +48,9 @@ def embed_dataset(  # noqa: PLR0913
     text_column: str = "text",
     vector_column: str = "vector",
     lexical_column: str | None = None,
+    colbert_column: str | None = None,
+    colbert: Kind = "1bit",
+    colbert_pooling: int = 1,
     error_column: str = "error",
     concurrency: int | tuple[int, int] | None = None,
     num_cpus: float | None = None,
@@ -66,6 +71,10 @@ def embed_dataset(  # noqa: PLR0913
         text_column: Of strings.
         vector_column: Added, a list of D float32.
         lexical_column: Added where it is named, a map of token id to weight.
+        colbert_column: Added where it is named, the passage's ColBERT vectors as codes in binary,
+            which `index_vectors` takes with the vector, for a store that keeps codes of this kind.
+        colbert: Bits a dimension of a code: `"1bit"`, `"2bit"` or `"int8"`.
+        colbert_pooling: Tokens that share a code, on average.
         error_column: Added, null where all is well.
         concurrency: Actors, or the fewest and the most of them; None: what the cluster has GPUs, or
             groups of cores, for.
@@ -78,7 +87,8 @@ def embed_dataset(  # noqa: PLR0913
         A lazy dataset of the rows with all their columns.
 
     Raises:
-        ValueError: The text column is not there, or the name of an added one is taken.
+        ValueError: The text column is not there, the name of an added one is taken, or there are
+            no such codes.
 
     Example:
         >>> import ray
@@ -89,14 +99,15 @@ def embed_dataset(  # noqa: PLR0913
         >>> len(rows["equal rights"]["vector"]), rows[None]["error"]
         (32, 'The text is NoneType, not str. Convert it first, or drop it from the list.')
     """
-    columns = _Columns(text_column, vector_column, lexical_column, error_column)
+    _check_codes(colbert, colbert_pooling)
+    columns = _Columns(text_column, vector_column, lexical_column, error_column, colbert_column)
     _check(columns, dataset.columns() or [])
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     least, most, taken = _actors(machines, embeddings.device, concurrency, num_cpus, num_gpus)
     # Ray would join small blocks to batches of a given size, and fail where their types differ.
     return dataset.map_batches(
         _Embedder,
-        fn_constructor_args=(embeddings, columns),
+        fn_constructor_args=(embeddings, columns, colbert, colbert_pooling),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=least, max_size=most),
@@ -109,6 +120,7 @@ class _Columns(NamedTuple):
     vector: str
     lexical: str | None
     error: str
+    colbert: str | None = None
 
 
 class _Row(NamedTuple):
@@ -116,46 +128,65 @@ class _Row(NamedTuple):
 
     vector: np.ndarray[Any, np.dtype[np.float32]] | None  # (D,)
     weights: dict[int, float] | None
+    codes: bytes | None
     error: str | None
 
 
 class _Embedder:
     """An actor: one loaded model."""
 
-    def __init__(self, embeddings: BGEM3Embeddings, columns: _Columns) -> None:
+    def __init__(
+        self,
+        embeddings: BGEM3Embeddings,
+        columns: _Columns,
+        colbert: Kind = "1bit",
+        pooling: int = 1,
+    ) -> None:
         self._embeddings = embeddings
         self._columns = columns
+        self._codec: Codec | None = None
         self._encode([])  # a model that cannot be loaded ends the job; it is no row's fault
+        if columns.colbert is not None:
+            self._codec = Codec.of(embeddings, colbert, pooling)
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         for start in range(0, max(len(block), 1), _ROWS):
             yield self._embedded(block.slice(start, _ROWS))
 
     def _embedded(self, table: pa.Table) -> pa.Table:
-        text, vector, lexical, error = self._columns
+        text, vector, lexical, error, colbert = self._columns
         given = text in table.column_names  # a file of many may lack the column
         texts = table.column(text).to_pylist() if given else [None] * len(table)
-        rows = self._encode(texts)
+        parts = neighbours(texts) if self._codec else [texts]
+        rows = [row for part in parts for row in self._encode(part)]
         table = table.append_column(vector, pa.array([row.vector for row in rows], _VECTOR))
         if lexical is not None:
             weights = [None if row.weights is None else list(row.weights.items()) for row in rows]
             table = table.append_column(lexical, pa.array(weights, _LEXICAL))
+        if colbert is not None:
+            codes = [row.codes for row in rows]
+            table = table.append_column(colbert, pa.array(codes, pa.large_binary()))
         return table.append_column(error, pa.array([row.error for row in rows], pa.string()))
 
-    def _encode(self, texts: list[Any]) -> list[_Row]:
+    def _encode(self, texts: Sequence[Any]) -> list[_Row]:
         """Embed texts, by halves where one of them is bad."""
+        lexical = self._columns.lexical is not None
         try:
-            encoding = self._embeddings.encode(texts, lexical=self._columns.lexical is not None)
+            encoding = self._embeddings.encode(texts, lexical=lexical, colbert=bool(self._codec))
         except (TypeError, ValueError, FloatingPointError) as error:
             if not texts:
                 raise
             if len(texts) == 1:
-                return [_Row(None, None, str(error).replace("Text 0 ", "The text ", 1))]
+                return [_Row(None, None, None, str(error).replace("Text 0 ", "The text ", 1))]
             half = len(texts) // 2
             return self._encode(texts[:half]) + self._encode(texts[half:])
-        lexical: Sequence[dict[int, float] | None] = encoding.lexical or [None] * len(texts)
-        pairs = zip(encoding.dense, lexical, strict=True)  # type: ignore[arg-type]
-        return [_Row(vector, weights, None) for vector, weights in pairs]
+        lacking = [None] * len(texts)
+        codes = map(self._codec.compress, encoding.colbert or ()) if self._codec else lacking
+        columns: Any = (encoding.dense, encoding.lexical or lacking, codes)
+        return [
+            _Row(vector, weights, code, None)
+            for vector, weights, code in zip(*columns, strict=True)
+        ]
 
 
 def _check(columns: _Columns, there: Sequence[str]) -> None:
@@ -176,6 +207,16 @@ def _check(columns: _Columns, there: Sequence[str]) -> None:
             raise ValueError(msg)
         if name is not None:
             taken.add(name)
+
+
+def _check_codes(colbert: object, pooling: int) -> None:
+    """Refuse codes that there are not."""
+    if colbert not in KINDS or pooling < 1:
+        msg = (
+            f"There are no ColBERT codes of colbert={colbert!r} and colbert_pooling={pooling}. "
+            f"Use one of {', '.join(map(repr, KINDS))}, and 1 or more tokens to a code."
+        )
+        raise ValueError(msg)
 
 
 def _actors(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +9,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
+from langchain_bge_dense._engine.calls import warn_caller
 from langchain_bge_dense._scoring import Fusion, Weights, checked_weights
 from langchain_bge_dense.chroma.search import (
     Candidates,
@@ -46,7 +45,10 @@ class BGEM3Retriever(BaseRetriever):
     query's candidates before they are weighted: a lexical score is a sum over shared tokens and
     has no fixed range, so that raw sums would let long queries count more on one side. Documents
     are ordered by the weighted sum, the fused score: 0 is an average candidate of this query, and
-    fused scores of two queries cannot be compared.
+    fused scores of two queries cannot be compared. `BGEM3Reranker` adds raw scores instead.
+
+    In a store of `open_chroma(..., colbert=True)` the ColBERT scores are read from the codes that
+    it keeps, and a query is one short forward pass.
 
     All of `k`, `fetch_k`, `weights`, `filter` and `where_document` can also be passed to `invoke`,
     `ainvoke`, `batch` and `abatch`; `{}` takes a filter away.
@@ -73,8 +75,9 @@ class BGEM3Retriever(BaseRetriever):
     """How many documents to return."""
     fetch_k: int = Field(50, ge=1)
     """Candidates of each of the dense and the lexical signal; `k` where that is more."""
-    weights: Weights = (0.4, 0.2, 0.4)
-    """Of the dense, lexical and ColBERT score."""
+    weights: Weights = (0.4, 0.2, 1.0)
+    """Of the dense, lexical and ColBERT score; the default suits standard scores
+    (benchmarks/README.md), that of `BGEM3Reranker` raw ones."""
     fusion: Fusion = "standard"
     """What is weighted and added up: `"standard"` scores, `"raw"` ones, or `"rrf"`, reciprocals of
     60 and the rank."""
@@ -186,16 +189,25 @@ class BGEM3Retriever(BaseRetriever):
         passages.weights.sync()
         lacking = count - len(passages.weights)
         if lacking > 0 and version == passages.connection.version():  # else counted too early
-            self._warn_of(lacking, count, "lexical weights and score 0 lexically")
+            what = "lexical weights and score 0 lexically"
+            self._warn_of(lacking, count, what, kept=passages.lexical)
         return passages.weights if len(passages.weights) else None
 
-    def _warn_of(self, lacking: int, count: int, what: str) -> None:
-        """Say once that passages lack something."""
+    def _warn_of(self, lacking: int, count: int, what: str, *, kept: bool) -> None:
+        """Say once that passages lack something.
+
+        Args:
+            lacking: How many.
+            count: Of how many.
+            what: They lack.
+            kept: Whether the collection keeps it.
+        """
         if not self._warned:
             self._warned = True
             msg = (
                 f"{lacking:,} of {count:,} passages of the collection "
-                f"{self._passages.collection.name!r} have no {what}. Complete them with "
+                f"{self._passages.collection.name!r} have no {what}. "
+                f"{'Complete' if kept else 'Open it with lexical=True and complete'} them with "
                 "store.add_missing(), or set the weight of that score to 0."
             )
             warn_caller(msg)
@@ -223,17 +235,10 @@ class BGEM3Retriever(BaseRetriever):
             self._passages, self._model, vectors, candidates.ids, candidates.texts
         )
         if lacking and self._passages.colbert:
-            self._warn_of(lacking, len(scores), "ColBERT codes: theirs were computed now")
+            what = "ColBERT codes: theirs were computed now"
+            self._warn_of(lacking, len(scores), what, kept=True)
         candidates.scores["colbert"] = scores
         candidates.fuse("colbert", search.weights[2], search.fusion)
-
-
-def warn_caller(message: str) -> None:
-    """Warn at the line that called LangChain or this package."""
-    level, frame = 1, sys._getframe()  # noqa: SLF001 - as warnings itself does
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("langchain"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def _at_least_one(name: str, value: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,28 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 def alike(vectors: list[list[float]], others: list[list[float]]) -> bool:
     return np.allclose(vectors, others, rtol=0, atol=1e-6)
+
+
+def lowest_int8_cosine() -> float:
+    """To float32, on the tiny checkpoint; CPUs without VNNI have weights of 7 bits."""
+    import torch
+
+    from langchain_bge_dense._engine import linear
+
+    factory = linear.LinearFactory("int8", torch.device("cpu"), torch.float32)
+    layer = factory(torch.eye(8), torch.zeros(8))
+    return 0.99 if isinstance(layer, linear.PackedInt7Linear) else 0.995
+
+
+def end_as(before: set[threading.Thread]) -> bool:
+    """Whether the model's threads come to be those of before.
+
+    A thread pool lets go of a call a moment after its result is there.
+    """
+    until = time.monotonic() + WAIT
+    while threads() != before and time.monotonic() < until:
+        time.sleep(0.02)
+    return threads() == before
 
 
 def threads() -> set[threading.Thread]:

@@ -28,8 +28,13 @@ FAULTS = {
     "the disk is full while indexing": [
         "test_faults.py::test_disk_full",
         "test_recovery.py::test_no_room",
+        "test_colbert.py::test_a_full_disk",
     ],
     "two processes index into one Chroma server": ["test_server.py::test_two_processes"],
+    "a process that writes ColBERT codes is killed": [
+        "test_colbert.py::test_killed",
+        "test_colbert.py::test_a_transaction",
+    ],
     "compaction is killed at each of its steps": ["test_compaction.py::test_killed"],
     "files of Chroma's index are cut short or missing": ["test_recovery.py::TestDamage"],
     "a process searches a folder that another one writes": [

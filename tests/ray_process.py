@@ -44,13 +44,14 @@ class Mortal(BGEM3Embeddings):
 
 def main(checkpoint: str, folder: Path) -> None:
     ray.init(num_cpus=4, include_dashboard=False)
-    strict = {"max_length": 24, "on_truncate": "raise"}
+    strict = {"max_length": 64, "on_truncate": "raise"}
     mortal = Mortal(model=checkpoint, folder=folder, **strict, **SETTINGS)
     rows = [{"body": text, "number": number} for number, text in enumerate(TEXTS)]
     dataset = ray.data.from_items(rows, override_num_blocks=BLOCKS)
     names = {"text_column": "body", "lexical_column": "weights", "error_column": "reason"}
-    done = embed_dataset(dataset, mortal, **names, concurrency=2)
-    (folder / "rows.json").write_text(json.dumps(done.take_all()))
+    codes = {"colbert_column": "codes", "colbert": "2bit"}
+    done = embed_dataset(dataset, mortal, **names, **codes, concurrency=2)
+    (folder / "rows.json").write_text(json.dumps(done.take_all(), default=bytes.hex))
 
 
 if __name__ == "__main__":

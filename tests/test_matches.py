@@ -5,15 +5,30 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from bs4 import BeautifulSoup
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 
-from langchain_bge_dense.matches import Mark, Match, Matches, Token, Word, _joined, find_matches
+from langchain_bge_dense import BGEM3Retriever
+from langchain_bge_dense._scoring import maxsim_scores
+from langchain_bge_dense.chroma import index_documents, open_chroma
+from langchain_bge_dense.matches import (
+    Mark,
+    Match,
+    Matches,
+    SimilarToken,
+    Token,
+    Word,
+    _joined,
+    find_matches,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from langchain_bge_dense import BGEM3Embeddings
 
 PART = "Which shelf holds the seal VS-2208-K?"
@@ -109,6 +124,160 @@ def test_marks_that_touch_are_one(
     assert [text[mark.start : mark.end] for mark in marks] == expected
 
 
+def colbert_scores(embeddings: BGEM3Embeddings, query: str, passages: Iterable[str]) -> list[float]:
+    """The scores as the model's own vectors give them."""
+    [asked] = embeddings.encode(
+        [query], dense=False, colbert=True, instruction=embeddings.query_instruction
+    ).colbert
+    held = embeddings.encode(passages, dense=False, colbert=True).colbert
+    return maxsim_scores(asked, held).tolist()
+
+
+FIELDS = [
+    {},
+    {"query_instruction": "find a shelf: ", "document_instruction": "a list: "},
+    {"max_length": 8, "on_truncate": "ignore"},
+    {"normalize": False},
+]
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+@pytest.mark.parametrize("query", [PART, "seal 稠密向量", ""])
+def test_similar_tokens_average_to_the_colbert_score(
+    small: BGEM3Embeddings, query: str, fields: dict
+) -> None:
+    embeddings = small.model_copy(update=fields)
+    passages = [SHELF, "a", "", "稠密向量 seal"]
+    found = find_matches(embeddings, query, passages)
+    expected = colbert_scores(embeddings, query, passages)
+    assert [match.colbert_score for match in found.passages] == pytest.approx(expected, abs=1e-5)
+    tokens = [token.text for word in found.words for token in word.tokens]
+    for match, passage in zip(found.passages, passages, strict=True):
+        *similar, (closing, *_) = match.similar
+        assert [token.text for token in similar] == tokens[: len(similar)]
+        assert len(similar) == min(len(tokens), fields.get("max_length", 99) - 2)
+        assert closing == ""
+        assert all(passage[t.start : t.end] == t.passage_text for t in match.similar)
+
+
+@pytest.mark.parametrize("length", [None, 5, 6])
+def test_a_token_finds_the_most_similar_one(small: BGEM3Embeddings, length: int | None) -> None:
+    embeddings = small.model_copy(update={"max_length": length, "on_truncate": "ignore"})
+    query, passage = "shelf of the Büttcher", "seal: Büttcher\nshelf: C-14"
+    [match] = find_matches(embeddings, query, [passage]).passages
+    asked, held = embeddings.encode([query, passage], dense=False, colbert=True).colbert
+    spans = [passage[start:end] for _, start, end in small._loaded().token_spans(passage)]
+    texts = [*spans[: len(held) - 1], ""]
+    best = (asked @ held.T).argmax(axis=1)
+    assert [t.passage_text for t in match.similar] == [texts[column] for column in best]
+    assert (length is None) == ("shelf" in {t.passage_text for t in match.similar})
+    assert "" in {t.passage_text for t in match.similar}
+    similarities = [t.similarity for t in match.similar]
+    np.testing.assert_allclose(similarities, (asked @ held.T).max(axis=1), atol=1e-5)
+
+
+def test_tokens_of_an_instruction_have_no_place(small: BGEM3Embeddings) -> None:
+    instructed = small.model_copy(update={"document_instruction": "on a shelf: "})
+    [match] = find_matches(instructed, "shelf seal", ["a seal"]).passages
+    found = {token.text: token for token in match.similar}
+    assert found["shelf"][:4] == ("shelf", "", 0, 0)
+    assert found["shelf"].similarity > 0.8
+    assert found["seal"][1:4] == ("seal", 2, 6)
+
+
+@pytest.mark.parametrize("kind", ["1bit", "int8"])
+def test_similarities_are_those_that_a_retriever_has_from_codes(
+    small: BGEM3Embeddings, kind: str
+) -> None:
+    store = open_chroma(small, "parts", lexical=True, colbert=kind)
+    documents = [Document(text, id=text) for text in (SHELF, OTHER, "Bees make honey.")]
+    index_documents(store, documents)
+    retriever = BGEM3Retriever(vectorstore=store, scores=True, colbert=True)
+    retrieved = retriever.invoke(PART)
+    from_codes = [document.metadata["bge_m3_colbert_score"] for document in retrieved]
+    found = find_matches(small, PART, retrieved, store=store).passages
+    assert [match.colbert_score for match in found] == pytest.approx(from_codes, abs=1e-5)
+    exact = find_matches(small, PART, retrieved).passages
+    differences = [
+        abs(m.colbert_score - e.colbert_score) for m, e in zip(found, exact, strict=True)
+    ]
+    assert max(differences) > 1e-5
+    assert {t.text: t.passage_text for t in found[0].similar}["2208"[:3]] == "220"
+    store.delete_collection()
+
+
+@pytest.mark.parametrize(("pooling", "passage"), [(1, 0), (1, 1), (2, 2)])
+def test_what_has_no_codes_for_its_tokens_is_computed(
+    small: BGEM3Embeddings, pooling: int, passage: int
+) -> None:
+    store = open_chroma(small, "parts", colbert=True, colbert_pooling=pooling)
+    kept = Document(OTHER, id="kept")
+    index_documents(store, [Document("another text", id="changed"), kept])
+    others = [SHELF, Document(SHELF, id="changed"), Document(OTHER, id="kept")]
+    found = find_matches(small, PART, [kept, others[passage]], store=store)
+    exact = find_matches(small, PART, [kept, others[passage]])
+    assert found.passages[1] == exact.passages[1]
+    assert (found.passages[0] == exact.passages[0]) is (pooling > 1)
+    store.delete_collection()
+
+
+def test_the_store_is_of_the_same_model(small: BGEM3Embeddings, tiny: BGEM3Embeddings) -> None:
+    store = open_chroma(small, "parts", colbert=True)
+    with pytest.raises(ValueError, match="holds vectors of"):
+        find_matches(tiny, PART, [SHELF], store=store)
+
+
+def test_a_page_shows_what_found_what(small: BGEM3Embeddings) -> None:
+    found = find_matches(small, PART, [SHELF])
+    [match] = found.passages
+    page = BeautifulSoup(found.to_page(), "html.parser")
+    head, *shown = page.select_one(".similar").find_all(["b", "span"])
+    assert head.text == f"ColBERT {match.colbert_score:.2f}"
+    expected = [
+        f"{text} → {passage_text} {similarity:.2f}"
+        for text, passage_text, _, _, similarity in match.similar
+        if text not in ("", "-", "?") and passage_text
+    ]
+    assert [entry.text for entry in shown] == expected
+    assert texts(found.to_html()) == [SHELF]
+    inside = [part.text for part in page.select(".text mark u")]
+    assert inside == ["VS-2208-K", "seal", "shelf"]
+
+
+def test_a_page_underlines_by_similarity() -> None:
+    text = "one two three four"
+    similar = (
+        SimilarToken("a", "two", 4, 7, 0.8),
+        SimilarToken("b", "one", 0, 3, -0.2),
+        SimilarToken("c", "three", 8, 13, 1.5),
+        SimilarToken("d", "two", 4, 7, 0.4),
+        SimilarToken("", "", 18, 18, 0.4),
+    )
+    match = Match(Document(text), (), {}, (Mark(6, 10, 1.0),), similar)
+    assert match.colbert_score == pytest.approx(2.9 / 5)
+    page = BeautifulSoup(Matches("", (), (match,)).to_html(), "html.parser")
+    underlined = [(part.text, part["style"][-4:]) for part in page.select(".text u")]
+    pieces = [("one", "0.00"), ("tw", "0.80"), ("o", "0.80"), ("th", "1.00"), ("ree", "1.00")]
+    assert underlined == pieces
+    assert [mark.text for mark in page.select(".text mark")] == ["o th"]
+    assert page.select_one(".text").text == text
+
+
+def test_tokens_that_look_like_tags_stay_texts() -> None:
+    match = Match(Document("<i>b"), (), {}, (), (SimilarToken("<b>a", "<i>b", 0, 4, 0.5),))
+    page = BeautifulSoup(Matches("", (), (match,)).to_html(), "html.parser")
+    assert page.select_one(".similar span").text == "<b>a → <i>b 0.50"
+    assert page.select_one(".text").text == "<i>b"
+
+
+def test_a_long_passage_shows_what_is_similar() -> None:
+    text = "word " * 300 + "faucet " + "word " * 300
+    match = Match(Document(text), (), {}, (), (SimilarToken("tap", "faucet", 1500, 1506, 0.5),))
+    [shown] = texts(Matches("", (), (match,)).to_html())
+    assert " word faucet word " in shown
+    assert len(shown) < 800
+
+
 def test_documents_keep_their_metadata_and_strings_become_documents(small: BGEM3Embeddings) -> None:
     document = Document(SHELF, metadata={"source": "parts.csv", "bge_m3_dense_score": 0.5})
     found = find_matches(small, PART, [document, OTHER])
@@ -129,6 +298,8 @@ def test_hostile_texts_stay_texts(small: BGEM3Embeddings) -> None:
     assert page.h1.text == page.title.text == hostile
     assert page.select_one(".text").text == hostile
     assert page.select_one("header b").text == "1  <b>x"
+    assert "script → script " in page.select_one(".similar").text
+    assert not page.select(".similar span > :not(bdi), bdi > :not(u), u > *")
 
 
 def test_control_characters_do_not_reach_a_page() -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from langchain_core.documents import Document
 from ray_process import BAD, BLOCKS, FATAL, TEXTS
 
 from langchain_bge_dense import BGEM3Embeddings
-from langchain_bge_dense.ray import _check, _Columns, _Embedder
+from langchain_bge_dense._codes import Codec
+from langchain_bge_dense.chroma import index_documents, index_vectors, open_chroma
+from langchain_bge_dense.ray import _check, _Columns, _Embedder, embed_dataset
 
 SCRIPT = Path(__file__).with_name("ray_process.py")
 
@@ -51,7 +54,7 @@ def test_each_row_arrives_once_with_its_vector_though_an_actor_was_killed(rows, 
 def test_only_the_block_in_hand_is_embedded_again(folder):
     logs = [file.read_text().splitlines() for file in folder.glob("*.log")]
     assert len(logs) == 3  # two actors, and the one that took the place of the killed one
-    embedded = [text for log in logs for text in log]
+    embedded = [text for log in logs for text in log if text in TEXTS]
     assert embedded.count(FATAL) == 2
     good = len(TEXTS) - len(BAD)
     assert good < len(embedded) <= good + len(TEXTS) // BLOCKS + 1
@@ -60,13 +63,55 @@ def test_only_the_block_in_hand_is_embedded_again(folder):
 def test_rows_with_bad_texts_say_why(rows):
     bad = [row for row in rows if row["reason"] is not None]
     assert [row["body"] for row in bad] == BAD
-    assert all(row["vector"] is None and row["weights"] is None for row in bad)
+    assert all(row["vector"] is row["weights"] is row["codes"] is None for row in bad)
     for row, reason in zip(bad, ("is int", "is NoneType", "surrogate", "has 92 tok"), strict=True):
         assert row["reason"].startswith("The text ")
         assert reason in row["reason"]
 
 
+def test_codes_are_those_that_a_collection_would_compute(rows, tiny):
+    good = [row for row in rows if row["reason"] is None]
+    documents = [Document(row["body"], id=row["body"]) for row in good]
+    codes = [bytes.fromhex(row["codes"]) for row in good]
+    vectors = [row["vector"] for row in good]
+    stores = [open_chroma(tiny, name, colbert="2bit") for name in ("computed", "given")]
+    index_documents(stores[0], documents)
+    embedded = zip(documents, vectors, codes, strict=True)
+    index_vectors(stores[1], embedded, fingerprint=tiny.fingerprint)
+    assert stores[1].add_missing() == 0
+    ids = [document.id for document in documents]
+    computed, given = (store._passages.codes.read(ids, ids) for store in stores)
+    assert given == dict(zip(ids, codes, strict=True))
+    codec = stores[0]._passages.codec()
+    differing = 0
+    for passage in ids:
+        ours, theirs = codec.decompress(given[passage]), codec.decompress(computed[passage])
+        differing += np.count_nonzero(np.abs(ours - theirs) > 0.01)
+    assert differing < 1e-3 * sum(codec.decompress(code).size for code in codes)
+
+
 COLUMNS = _Columns("text", "vector", "weights", "error")
+WITH_CODES = COLUMNS._replace(colbert="codes")
+
+
+def test_codes_are_of_the_kind_that_is_asked_for(tiny, monkeypatch):
+    monkeypatch.setattr("langchain_bge_dense._codes._CHARACTERS", 16)  # some texts at a time
+    texts = ["word " * (n % 7) for n in range(20)] + [None]
+    [table] = _Embedder(tiny, WITH_CODES, "int8", 2)(pa.table({"text": pa.array(texts)}))
+    *codes, none = table.column("codes").to_pylist()
+    codec = Codec.of(tiny, "int8", 2)
+    expected = tiny.encode(texts[:-1], dense=False, colbert=True).colbert
+    assert none is None
+    assert table.column_names == ["text", "vector", "weights", "codes", "error"]
+    for code, vectors in zip(codes, expected, strict=True):
+        ours, theirs = codec.decompress(code), codec.decompress(codec.compress(vectors))
+        np.testing.assert_allclose(ours, theirs, atol=0.02)
+
+
+@pytest.mark.parametrize(("kind", "pooling"), [("4bit", 1), (True, 1), ("1bit", 0)])
+def test_codes_that_there_are_not_are_refused(kind, pooling):
+    with pytest.raises(ValueError, match=rf"colbert={kind!r} and colbert_pooling={pooling}\. Use"):
+        embed_dataset(None, None, colbert=kind, colbert_pooling=pooling)
 
 
 def test_blocks_without_rows_and_without_texts_keep_the_columns(tiny):
@@ -118,6 +163,7 @@ def test_a_model_that_cannot_be_loaded_is_no_rows_fault(tmp_path, tiny_checkpoin
         (_Columns("a", "a", None, "e"), ["a"], "vector_column='a' is"),
         (_Columns("a", "v", "v", "e"), ["a"], "lexical_column='v' is"),
         (_Columns("a", "v", "w", "w"), [], "error_column='w' is"),
+        (WITH_CODES, ["text", "codes"], "colbert_column='codes' is"),
     ],
 )
 def test_column_names_are_checked(columns, there, message):

@@ -250,9 +250,13 @@ def test_dense_scores_are_cosines_without_normalisation_too(small: BGEM3Embeddin
     long = small.model_copy(update={"normalize": False})
     collection = filled(long, [*FILLER[:20], PART])._passages.collection
     vector = np.array(long.embed_query(PART), np.float32)
-    nearest = Candidates.nearest(collection, vector, Search(PART, 4, 50, (1, 0, 0), None, None))
+
+    def search(count: int) -> Search:
+        return Search(PART, 4, count, (1, 0, 0), "standard", None, None)
+
+    nearest = Candidates.nearest(collection, vector, search(50))
     assert nearest.scores["dense"][0] == pytest.approx(1, abs=1e-4)
-    by_words = Candidates.nearest(collection, vector, Search(PART, 4, 1, (1, 0, 0), None, None))
+    by_words = Candidates.nearest(collection, vector, search(1))
     by_words.add(collection, nearest.ids, vector)
     assert by_words.texts[0] == PART
     assert len(by_words.ids) == 21

@@ -342,15 +342,15 @@ def _warn_of_cuts(encoding: M3Encoding, first: int, max_length: int) -> None:
         "Split them (count_tokens measures), raise max_length, or choose "
         'on_truncate="raise" or "ignore".'
     )
-    warnings.warn(msg, UserWarning, stacklevel=_callers_level())
+    warn_caller(msg)
 
 
-def _callers_level() -> int:
-    """The `stacklevel` that makes a warning point at the code that called LangChain."""
-    frame, level = sys._getframe(1), 1  # noqa: SLF001
+def warn_caller(message: str) -> None:
+    """Warn at the line that called LangChain or this package."""
+    frame, level = sys._getframe(), 1  # noqa: SLF001 - as warnings itself does
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("langchain"):
         frame, level = frame.f_back, level + 1
-    return level
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 @contextlib.contextmanager

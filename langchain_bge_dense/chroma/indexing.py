@@ -125,7 +125,7 @@ def index_vectors(
     Args:
         store: A store of `open_chroma`.
         embedded: Any iterable of documents with their vectors, `(D,)` each, and, for a store that
-            keeps ColBERT codes, with these.
+            keeps ColBERT codes, with these, from the `colbert_column` of `embed_dataset`.
         fingerprint: `BGEM3Embeddings.fingerprint` of what computed them, kept with the vectors.
         batch_size: Documents stored at once.
         show_progress: Show a bar over documents.

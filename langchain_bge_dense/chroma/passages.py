@@ -12,7 +12,7 @@ import numpy as np
 from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
-from langchain_bge_dense._codes import KINDS, Codec
+from langchain_bge_dense._codes import KINDS, Codec, neighbours
 from langchain_bge_dense.chroma.colbert import ColbertCodes
 from langchain_bge_dense.chroma.collection import (
     COLBERT,
@@ -29,7 +29,7 @@ from langchain_bge_dense.chroma.lexical import LexicalWeights
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from chromadb.api.models.Collection import Collection
     from langchain_core.embeddings import Embeddings
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from langchain_bge_dense.chroma.records import Record
 
 _PAGE = 256  # passages completed at once
-_COLBERT_CHARACTERS = 1 << 16  # of texts encoded at once: at most as many tokens, of 4 KiB each
 
 Stored = dict[str, tuple[str, "Mapping[str, Any]"]]
 """Id to text and metadata."""
@@ -277,7 +276,7 @@ class Passages:
         codec = self.codec(create=True)
         kept = self.lexical or codec is not None
         if isinstance(model, BGEM3Embeddings) and (kept or model is self.embeddings):
-            parts = _neighbours(texts) if codec else [texts]
+            parts = neighbours(texts) if codec else [texts]
             return Encoded.joined([self._encoded(model, part, codec, dense) for part in parts])
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused as non-finite
             vectors = np.asarray(self.embeddings.embed_documents(list(texts)), np.float32)  # (N, D)
@@ -373,17 +372,6 @@ class Passages:
                     companion.add(ids, [texts[p] for p in ids], encoded.select(rows))
             added += len(lacking)
         return added
-
-
-def _neighbours(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Texts in runs whose ColBERT vectors fit into memory together."""
-    start = size = 0
-    for stop, text in enumerate(texts):
-        if size and size + len(text) > _COLBERT_CHARACTERS:
-            yield texts[start:stop]
-            start, size = stop, 0
-        size += len(text)
-    yield texts[start:]
 
 
 def _delete(collection: Collection, ids: list[str]) -> None:

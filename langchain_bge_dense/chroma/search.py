@@ -231,6 +231,26 @@ def colbert_scores(
     return scores, len(lacking)
 
 
+def stored_vectors(
+    passages: Passages, ids: Sequence[str], texts: Sequence[str]
+) -> dict[str, NDArray[np.float32]]:
+    """ColBERT vectors of passages as their codes have them.
+
+    Args:
+        passages: Of the collection.
+        ids: Of N passages.
+        texts: Theirs.
+
+    Returns:
+        By id, `(T, D)`; nothing of passages without codes, or where tokens share vectors.
+    """
+    codec = passages.codec()
+    if codec is None or codec.pooling > 1:
+        return {}
+    codes = passages.codes.read(ids, texts)
+    return {passage: codec.decompress(code) for passage, code in codes.items()}
+
+
 def stored_scores(
     passages: Passages, query: M3Encoding, ids: Sequence[str], texts: Sequence[str]
 ) -> tuple[list[int], dict[str, NDArray[np.float32]]]:

@@ -4,6 +4,10 @@
 imported when it is first asked for. One `BGEM3Embeddings` serves as both the dense and the sparse
 side of a store, and texts that both ask for are encoded once.
 
+ColBERT vectors do not go into a `QdrantVectorStore`: that of langchain-qdrant 1.1 writes one dense
+vector a passage, and none of Qdrant's multivectors. `BGEM3Reranker` computes them for the documents
+that a store has found.
+
 Example:
     >>> from langchain_bge_dense import BGEM3Embeddings
     >>> from langchain_bge_dense.sparse import BGEM3QdrantSparse

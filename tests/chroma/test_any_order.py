@@ -17,6 +17,7 @@ from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, index
 
 from langchain_bge_dense import BGEM3Retriever
+from langchain_bge_dense._scoring import maxsim_scores
 from langchain_bge_dense.chroma import compact, index_documents, open_chroma
 
 if TYPE_CHECKING:
@@ -50,7 +51,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     def opened(self):
         place = self.place or {"persist_directory": self.folder}
-        return open_chroma(self.embeddings, "any-order", lexical=self.lexical, **place)
+        colbert = "int8" if self.lexical else None
+        return open_chroma(
+            self.embeddings, "any-order", lexical=self.lexical, colbert=colbert, **place
+        )
 
     @rule(documents=DOCUMENTS)
     def add(self, documents: dict[str, str]) -> None:
@@ -115,7 +119,13 @@ class AnyOrder(RuleBasedStateMachine):
         self, query: str, dense: dict[str, float], lexical: dict[str, float]
     ) -> None:
         retriever = BGEM3Retriever(vectorstore=self.store, k=100, scores=True)
-        found = {d.id: d.metadata for d in retriever.invoke(query)}
+        found = {d.id: d.metadata for d in retriever.invoke(query)}  # a warning is an error
+        colbert = self.embeddings.encode([query], colbert=True).colbert[0]
+        passages = self.embeddings.encode(list(self.model.values()), colbert=True)
+        expected = dict(zip(self.model, maxsim_scores(colbert, passages.colbert), strict=True))
+        assert {
+            k: pytest.approx(m["bge_m3_colbert_score"], abs=1e-2) for k, m in found.items()
+        } == expected
         assert {k: pytest.approx(m["bge_m3_dense_score"], abs=1e-3) for k, m in found.items()} == (
             dense
         )

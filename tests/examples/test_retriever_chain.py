@@ -303,7 +303,7 @@ def test_the_command_line_loads_a_chat_model_and_shows_its_answer(run, monkeypat
 
 def test_a_missing_provider_is_named():
     with pytest.raises(ValueError, match="langchain-anthropic"):
-        load_chat_model("anthropic:claude-opus-4-5")
+        load_chat_model("anthropic:claude-sonnet-4-0")
 
 
 def test_scores_are_cosines(run, folder, tmp_path):
