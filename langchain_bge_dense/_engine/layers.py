@@ -136,7 +136,7 @@ class _Layer(nn.Module):
         self._output_norm = _norm(output.LayerNorm, device)
         up, down = layer.intermediate.dense, layer.output.dense
         self._up = linear(up.weight, up.bias, gelu=True)
-        self._down = linear(down.weight, down.bias, after_gelu=True)
+        self._down = linear(down.weight, down.bias)
         self._down_norm = _norm(layer.output.LayerNorm, device)
 
     def forward(self, states: Tensor, attention: Attention, heads: int) -> Tensor:

@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 _TOKEN_PEAK = 126  # bfloat16 may round a code of 127 up to 128, which int8 takes for -128
 _SMALLEST_PEAK = 1e-30  # of a row of zeros, which divides nothing
-_GELU_MINIMUM = 0.17  # GELU is nowhere below -0.17
 _ROWS = 256  # of a weight quantised at once: what is left of larger copies stays in the heap
 
 
@@ -44,27 +43,21 @@ class LinearFactory:
         self._state_dtype = state_dtype = state_dtype or getattr(torch, dtype)
         self._kind = _packed(device.type, dtype, state_dtype) or _PLAIN.get(dtype, PlainLinear)
 
-    def __call__(
-        self, weight: Tensor, bias: Tensor, *, gelu: bool = False, after_gelu: bool = False
-    ) -> Linear:
+    def __call__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Linear:
         """Make a layer that gives `x W^T + b`, `(S, K)` to `(S, N)`.
 
         Args:
             weight: W, `(N, K)`, float32.
             bias: b, `(N,)`, float32.
             gelu: Whether GELU follows.
-            after_gelu: Whether x comes from GELU.
         """
         weight, bias = (part.detach().to(self._device) for part in (weight, bias))
         layer: Linear = self._kind(weight, bias, self._state_dtype, gelu=gelu)
-        layer.after_gelu = after_gelu  # type: ignore[attr-defined]
         return layer
 
 
 class PlainLinear:
     """`torch.nn.functional.linear`, for every device and float dtype."""
-
-    after_gelu = False
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, gelu: bool) -> None:
         self._weight = weight.to(dtype, copy=True)  # not a view that would keep the file mapped
@@ -78,8 +71,6 @@ class PlainLinear:
 
 class PackedLinear:
     """oneDNN's product with weights in the order of its kernel; float32 and bfloat16 on a CPU."""
-
-    after_gelu = False
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, gelu: bool) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))  # noqa: SLF001
@@ -99,7 +90,6 @@ class PackedLinear:
 class PlainInt8Linear:
     """Products of int8 codes: one scale a weight row, one scale a token computed at run time."""
 
-    after_gelu = False
     weight_peak = 127  # symmetric: -128 is not used
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, gelu: bool) -> None:
@@ -120,15 +110,12 @@ class PlainInt8Linear:
         return product.to(self._bias.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        peak = x.amax(1, keepdim=True)  # (S, 1)
-        if self.after_gelu:
-            peak.clamp_(min=_GELU_MINIMUM)
-        else:
-            torch.maximum(peak, x.amin(1, keepdim=True).neg_(), out=peak)
+        peak = x.abs().amax(1, keepdim=True)  # (S, 1)
         # Rounded to the dtype first, so that codes and scale belong together to the last bit.
         scale = peak.div_(_TOKEN_PEAK).clamp_(min=_SMALLEST_PEAK).to(self._bias.dtype)  # (S, 1)
         codes = (x * scale.float().reciprocal().to(x.dtype)).round_().to(torch.int8)  # (S, K)
-        product = self._product(codes).mul_(scale).add_(self._bias)  # (S, N)
+        product = self._product(codes)  # (S, N)
+        torch.addcmul(self._bias, product, scale, out=product)
         return F.gelu(product) if self._gelu else product
 
 
