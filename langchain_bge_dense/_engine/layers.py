@@ -6,6 +6,7 @@ Linear layers see no texts at all; only attention looks at their lengths.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from torch import nn
 
-from langchain_bge_dense._engine.linear import LinearFactory
+from langchain_bge_dense._engine.linear import AMX, LinearFactory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +28,12 @@ MODEL_TYPES = ("bert", "camembert", "roberta", "xlm-roberta")  # BERT's layers u
 
 # Texts up to so many tokens together attend in one call, with a mask (benchmarks/README.md).
 _RUN_TOKENS = {"cpu": 64, "mps": 512, "cuda": 512}
+
+# PyTorch's flash attention makes use of AMX, but not of AVX-512's bfloat16 products: without AMX,
+# texts from so many tokens on are faster by plain ones (benchmarks/README.md).
+_PRODUCT_TOKENS = 256
+_PRODUCT_QUERIES = 256  # at a time
+_PRODUCT_SCORES = 2**21  # about what stays in the cache
 
 
 class PackedEncoder(nn.Module):
@@ -186,19 +193,53 @@ def attention_over(lengths: Sequence[int], device: torch.device, dtype: torch.dt
     runs = _runs(lengths, _RUN_TOKENS.get(device.type, _RUN_TOKENS["cuda"]))
     masks = [_block_mask(run, device, dtype) for run in runs]
     totals = [sum(run) for run in runs]
+    by_products = device.type == "cpu" and dtype == torch.bfloat16 and not AMX
 
-    def scaled_dot_product(qkv: Tensor, heads: int) -> Tensor:
-        parts = qkv.view(len(qkv), 3, heads, -1).permute(1, 2, 0, 3)  # (3, H, S, D / H)
+    def run_by_run(qkv: Tensor, heads: int) -> Tensor:
+        parts = torch.split(qkv.view(len(qkv), 3, heads, -1).permute(1, 2, 0, 3), totals, 2)
         mixed = [
-            F.scaled_dot_product_attention(part[:1], part[1:2], part[2:], attn_mask=mask)[
-                0
-            ].transpose(0, 1)
-            for part, mask in zip(torch.split(parts, totals, 2), masks, strict=True)
-        ]  # each (T, H, D / H)
-        joined = torch.cat(mixed) if len(mixed) > 1 else mixed[0]
-        return joined.reshape(len(qkv), -1)  # (S, D)
+            _by_products(part)
+            if by_products and part.shape[2] >= _PRODUCT_TOKENS
+            else _scaled_dot_product(part, mask)
+            for part, mask in zip(parts, masks, strict=True)
+        ]  # each (H, T, D / H)
+        joined = torch.cat(mixed, 1) if len(mixed) > 1 else mixed[0]
+        return joined.transpose(0, 1).reshape(len(qkv), -1)  # (S, D)
 
-    return scaled_dot_product
+    return run_by_run
+
+
+def _scaled_dot_product(qkv: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one run, `(3, H, T, D / H)` to `(H, T, D / H)`."""
+    query, key, value = qkv[:1], qkv[1:2], qkv[2:]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)[0]
+
+
+def _by_products(qkv: Tensor) -> Tensor:
+    """The same for one text in bfloat16, by batched products of some heads and queries at a time.
+
+    A score that is rounded to bfloat16 is off by up to 0.4 %, too much where it is large. So a
+    first product finds each query's largest score, and a second one takes it off before rounding,
+    which softmax does not notice: scores that count are then close to 0.
+    """
+    heads = max(2, _PRODUCT_SCORES // (_PRODUCT_QUERIES * qkv.shape[2]))
+    if heads < qkv.shape[1]:
+        return torch.cat([_by_products(part) for part in torch.split(qkv, heads, 1)])
+    query, key, value = qkv.contiguous()  # each (H, T, D / H)
+    scale = key.shape[-1] ** -0.5
+    exact = 2.0 ** math.floor(math.log2(scale))  # does not round the queries
+    query, rest = query * exact, scale / exact
+    mean = key.mean(1, keepdim=True)  # (H, 1, D / H)
+    centred, key, mean = (part.transpose(1, 2) for part in (key - mean, key, mean))
+    mixed = []
+    for some in torch.split(query, _PRODUCT_QUERIES, 1):  # (H, Q, D / H)
+        # Of numbers around 0 the largest is not negative: its bits are the largest integer, too,
+        # and that is found eight times as fast.
+        largest = torch.bmm(some, centred).view(torch.int16).amax(-1, keepdim=True)  # (H, Q, 1)
+        shift = largest.view(torch.bfloat16) + torch.bmm(some, mean)
+        scores = torch.baddbmm(-rest * shift, some, key, alpha=rest)  # (H, Q, T)
+        mixed.append(torch.bmm(scores.softmax(-1), value))
+    return torch.cat(mixed, 1)
 
 
 def _runs(lengths: Sequence[int], most: int) -> list[list[int]]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+AMX = torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+
 _TOKEN_PEAK = 126  # bfloat16 may round a code of 127 up to 128, which int8 takes for -128
 _SMALLEST_PEAK = 1e-30  # of a row of zeros, which divides nothing
 _ROWS = 256  # of a weight quantised at once: what is left of larger copies stays in the heap
@@ -126,7 +128,7 @@ class PackedInt8Linear(PlainInt8Linear):
     weights for each product of signed codes.
     """
 
-    _zero = 0 if torch.cpu._is_amx_tile_supported() else 128  # noqa: SLF001
+    _zero = 0 if AMX else 128
     """The code that stands for 0."""
 
     def _pack(self, codes: Tensor) -> None:

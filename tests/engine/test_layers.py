@@ -26,7 +26,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from langchain_bge_dense._engine import linear
+from langchain_bge_dense._engine import layers, linear
 from langchain_bge_dense._engine.layers import (
     MODEL_TYPES,
     PackedEncoder,
@@ -243,3 +243,20 @@ def test_attention_is_that_of_each_text_alone(lengths: list[int]) -> None:
         for length, part in zip(lengths, torch.split(qkv, lengths), strict=True)
     ]
     torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("key_offset", [0, 4, -4])
+@pytest.mark.parametrize("length", [256, 300, 5_000])
+def test_long_texts_attend_by_bfloat16_products_as_by_flash_attention(
+    length: int, key_offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With large scores, and keys far from zero, as trained models have them."""
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(length, 3, 32, generator=generator) * torch.tensor([[3], [1], [1]])
+    parts[:, 0] += 1
+    parts[:, 1] += key_offset
+    states = parts.reshape(length, 96).to(torch.bfloat16)
+    exact = attention_over([length], CPU, torch.float32)(states.float(), 4)
+    monkeypatch.setattr(layers, "AMX", False)
+    found = attention_over([length], CPU, torch.bfloat16)(states, 4).float()
+    assert (found - exact).norm() < 0.004 * exact.norm()
