@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from langchain_bge_dense._codes import Kind
 
+_BATCH = 1_000  # documents written at once: a server takes requests of 40 MiB
 _NAME = re.compile(r"(?!.*\.\.)[a-zA-Z0-9][a-zA-Z0-9._-]{1,510}[a-zA-Z0-9]")
 _CLIENT_OPTIONS = (
     "client_settings",
@@ -259,7 +260,7 @@ class BGEM3Chroma(Chroma):
     def _write(self, records: Iterable[Record], *, stored: bool) -> None:
         passages = self._passages
         passages.connection.acquire_writer()
-        for batch in batch_iterate(passages.batch_size(), records):
+        for batch in batch_iterate(min(_BATCH, passages.batch_size()), records):
             former = passages.stored([r.id for r in batch]) if stored else {}
             passages.write(batch, passages.encode([r.text for r in batch]), former)
 

@@ -29,6 +29,7 @@ from langchain_bge_dense.chroma import (
 )
 from langchain_bge_dense.chroma import colbert as colbert_module
 from langchain_bge_dense.chroma.colbert import _SCHEMA
+from langchain_bge_dense.chroma.companions import Encoded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -393,3 +394,15 @@ def test_a_transaction_that_was_killed_leaves_the_codes_of_before(
     os.waitpid(child, 0)
     found = colbert(store, weights=(1, 0, 1))
     np.testing.assert_allclose([found[i] for i in IDS], from_codes(store, tiny, TEXTS), atol=1e-5)
+
+
+def test_codes_of_any_size_are_written_to_a_server(
+    server: ChromaServer, tiny: BGEM3Embeddings
+) -> None:
+    """It takes requests of 40 MiB."""
+    store = open_chroma(tiny, "large", host=server.host, port=server.port, colbert="int8")
+    ids = [f"{number}" for number in range(60)]
+    codes = [bytes([number]) * 1_000_000 for number in range(60)]
+    companion = store._passages.codes
+    companion.add(ids, ids, Encoded(np.empty((60, 0), np.float32), colbert=codes))
+    assert companion.read(ids, ids) == dict(zip(ids, codes, strict=True))
