@@ -94,8 +94,10 @@ def queries(
         size = file.stat().st_size / count
         retriever = BGEM3Retriever(vectorstore=store)
         times: dict[str, list[float]] = {"two": [], "three": []}
-        for query in texts:
-            for name, weights in (("two", TWO), ("three", THREE)):
+        for number, query in enumerate(texts):
+            retriever.invoke(query)  # whoever comes second finds its candidates in the caches
+            ways = (("two", TWO), ("three", THREE))
+            for name, weights in ways if number % 2 else reversed(ways):
                 start = time.perf_counter()
                 retriever.invoke(query, weights=weights)
                 times[name].append(time.perf_counter() - start)

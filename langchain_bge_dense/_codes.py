@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from langchain_bge_dense._scoring import product
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -135,7 +137,7 @@ class Codec(NamedTuple):
         products *= scales[:, None]
         starts = np.cumsum([0, *(len(scales) for scales, _ in parts[:-1])])  # (N,)
         best = np.maximum.reduceat(products, starts, axis=0)  # (N, Q)
-        scores: NDArray[np.float32] = best.mean(axis=1) + (query @ self.mean).mean()  # (N,)
+        scores: NDArray[np.float32] = best.mean(axis=1) + product(query, self.mean).mean()  # (N,)
         return scores
 
     def _products(
@@ -149,7 +151,7 @@ class Codec(NamedTuple):
         for start in range(0, len(packed), _CHUNK):
             rows = numbers[: len(packed) - start]
             rows[:] = self._numbers(packed[start : start + _CHUNK])
-            np.matmul(rows, weights, out=products[start : start + _CHUNK])
+            products[start : start + _CHUNK] = product(rows, weights)
         products += _LOWEST[self.kind] * query.sum(axis=1)
         return products
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.documents import Document
 
-from langchain_bge_dense._scoring import SCORES, score_key
+from langchain_bge_dense._scoring import SCORES, product, score_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -305,7 +305,7 @@ def find_matches(
     matches = []
     for row, document in enumerate(documents):
         vectors = stored[row] if row in stored else held.colbert[row]  # (T, D)
-        similarities = asked.colbert[0] @ vectors.T  # (Q, T)
+        similarities = product(asked.colbert[0], vectors.T)  # (Q, T)
         spans = _spans(embeddings, texts[row], embeddings.document_instruction)
         matches.append(_match(words, document, held.lexical[row], similarities, spans))
     return Matches(instruction + query, tuple(words), tuple(matches))

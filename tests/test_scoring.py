@@ -1,6 +1,7 @@
 """Scores on hand-sized arrays, and against those of `BGEM3FlagModel` on the tiny checkpoint."""
 
-from itertools import product
+import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from langchain_bge_dense._scoring import (
     dense_scores,
     lexical_scores,
     maxsim_scores,
+    product,
     score_key,
     standardized,
     weighted_mean,
@@ -80,7 +82,7 @@ def test_all_scores_equal_those_of_compute_score(flag, encoded):
     # One pair at a time: in a padded batch the model's own MaxSim sees zeros for padding.
     expected = [
         flag.compute_score(pair, weights_for_different_modes=list(WEIGHTS))
-        for pair in product(QUERIES, PASSAGES)
+        for pair in itertools.product(QUERIES, PASSAGES)
     ]
     dense, lexical, colbert = (part.ravel() for part in scores(encoded))
     ours = {
@@ -177,3 +179,15 @@ def test_keys_of_scores():
     assert score_key("dense") == "bge_m3_dense_score"
     names = ("dense", "lexical", "colbert", "fused", "relevance")
     assert {score_key(name) for name in names} == SCORE_KEYS
+
+
+def test_products_are_those_of_numpy_with_and_without_a_model_in_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vectors = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
+    vectors.setflags(write=False)
+    with_torch = product(vectors, vectors.T), product(vectors.astype(float), vectors[0])
+    monkeypatch.setitem(sys.modules, "torch", None)
+    np.testing.assert_allclose(with_torch[0], product(vectors, vectors.T), rtol=1e-5)
+    np.testing.assert_allclose(with_torch[1], product(vectors, vectors[0]), rtol=1e-5)
+    assert with_torch[0].dtype == with_torch[1].dtype == np.float32

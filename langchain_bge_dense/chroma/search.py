@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from langchain_core.documents import Document
 
-from langchain_bge_dense._scoring import maxsim_scores, scaled, score_key
+from langchain_bge_dense._scoring import dense_scores, maxsim_scores, scaled, score_key
 from langchain_bge_dense.chroma.collection import check, underlying
 from langchain_bge_dense.chroma.store import BGEM3Chroma
 from langchain_bge_dense.embeddings import BGEM3Embeddings
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from langchain_bge_dense.chroma.lexical import LexicalScores, LexicalWeights
     from langchain_bge_dense.chroma.passages import Passages
 
+_SMALLEST = np.float32(1e-12)  # of what is divided by
 _FILTERED_DEPTH = 10  # times as many lexical candidates are looked up before a filter drops some
 
 
@@ -295,5 +296,5 @@ def stored_scores(
 def _cosines(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
     """Cosines of `(N, D)` vectors and a `(D,)` one, `(N,)`; 0 where one has no length."""
     norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)  # (N,)
-    cosines: NDArray[np.float32] = vectors @ query / np.maximum(norms, np.float32(1e-12))  # (N,)
-    return cosines
+    cosines: NDArray[np.float32] = dense_scores(query, vectors) / np.maximum(norms, _SMALLEST)
+    return cosines  # (N,)
