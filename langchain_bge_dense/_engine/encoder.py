@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
+import os
+import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +17,7 @@ from torch import nn
 from langchain_bge_dense._engine.outputs import Outputs, TextOutputs, Tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -94,11 +98,13 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
         """Tokenise texts, special tokens included, and cut them as the tokenizer itself would."""
-        return [
-            self._cut(encoding.ids, max_length)
-            for start in range(0, len(texts), _TOKENIZER_CHUNK)
-            for encoding in self._encode_batch(list(texts[start : start + _TOKENIZER_CHUNK]))
-        ]
+        tokens: list[Tokens] = []
+        for start in range(0, len(texts), _TOKENIZER_CHUNK):
+            chunk = list(texts[start : start + _TOKENIZER_CHUNK])
+            with _in_tokenizer():
+                encodings = self._encode_batch(chunk)
+            tokens += [self._cut(encoding.ids, max_length) for encoding in encodings]
+        return tokens
 
     def _cut(self, ids: list[int], max_length: int) -> Tokens:
         count = len(ids)
@@ -231,3 +237,37 @@ def _unweighted(tokenizer: Any) -> NDArray[np.int32]:
     tokens = [tokenizer.special_tokens_map.get(name) for name in names]
     ids = tokenizer.convert_tokens_to_ids([token for token in tokens if token is not None])
     return np.array(ids, dtype=np.int32)
+
+
+_TOKENIZER_THREADS = 64  # at a time
+_permits = threading.Semaphore(_TOKENIZER_THREADS)
+_exiting = threading.Event()
+
+
+@contextlib.contextmanager
+def _in_tokenizer() -> Iterator[None]:
+    if threading.current_thread() is threading.main_thread():
+        yield
+        return
+    with _permits:
+        yield
+    if _exiting.is_set():
+        threading.Event().wait()  # until Python ends this thread
+
+
+def _leave_tokenizer() -> None:
+    # At exit Python ends daemon threads where they are: in older tokenizers this aborts all.
+    _exiting.set()
+    for _ in range(_TOKENIZER_THREADS):
+        _permits.acquire()
+
+
+def _forget_threads() -> None:
+    # Those that were in the tokenizer are not in the child, and never leave it.
+    global _permits  # noqa: PLW0603
+    _permits = threading.Semaphore(_TOKENIZER_THREADS)
+
+
+atexit.register(_leave_tokenizer)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
