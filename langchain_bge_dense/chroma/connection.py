@@ -144,6 +144,10 @@ class Connection:
             return self.client.get_collection(name, embedding_function=None)
         except NotFoundError:
             return None
+        except InternalError as error:
+            if self.folder is None or self.folder.is_there():
+                raise
+            raise self.folder.error(error) from error
 
     def _complete_copy(self, name: str) -> Collection | None:
         """What a compaction that was killed had yet to put in the place of a collection."""

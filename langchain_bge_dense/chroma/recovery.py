@@ -144,7 +144,7 @@ class Folder:
                 file.seek(24)
                 [version] = struct.unpack(">I", file.read(4))
         except FileNotFoundError as error:
-            raise self._error(error) from error
+            raise self.error(error) from error
         return int(version)
 
     def is_stale(self, version: int) -> bool:
@@ -296,11 +296,15 @@ class Folder:
         try:
             yield
         except (InternalError, sqlite3.Error, PermissionError) as error:
-            raise self._error(error) from error
+            raise self.error(error) from error
 
-    def _error(self, reason: Exception) -> OSError:
+    def is_there(self) -> bool:
+        """Whether Chroma's database is."""
+        return (self.real / "chroma.sqlite3").exists()
+
+    def error(self, reason: Exception) -> OSError:
         """The error for a folder that could not be read or written to."""
-        if not (self.real / "chroma.sqlite3").exists():
+        if not self.is_there():
             return FileNotFoundError(
                 f"{self.path!r} holds no chroma.sqlite3 any more: {reason}. The folder was removed "
                 "or emptied while it was open. Open the collection again and index its documents."
