@@ -16,6 +16,7 @@ from langchain_bge_dense._scoring import (
     lexical_scores,
     maxsim_scores,
     product,
+    scaled,
     score_key,
     standardized,
     weighted_mean,
@@ -179,6 +180,15 @@ def test_keys_of_scores():
     assert score_key("dense") == "bge_m3_dense_score"
     names = ("dense", "lexical", "colbert", "fused", "relevance")
     assert {score_key(name) for name in names} == SCORE_KEYS
+
+
+def test_scaled_scores_of_each_fusion() -> None:
+    scores = np.array([0.5, 0.9, 0.1, 0.5], np.float32)
+    assert scaled(scores, "raw") is scores
+    np.testing.assert_array_equal(scaled(scores, "standard"), standardized(scores))
+    reciprocals = scaled(scores, "rrf")
+    assert reciprocals.dtype == np.float32
+    np.testing.assert_allclose(reciprocals, [1 / 62, 1 / 61, 1 / 64, 1 / 63], rtol=1e-6)
 
 
 def test_products_are_those_of_numpy_with_and_without_a_model_in_the_process(
