@@ -68,8 +68,8 @@ def test_tokens_and_words_add_up_to_the_lexical_score(small: BGEM3Embeddings, qu
     found = find_matches(small, query, passages)
     for match, passage in zip(found.passages, passages, strict=True):
         expected = lexical_score(small, query, passage)
-        assert match.lexical_score == pytest.approx(expected, rel=1e-6, abs=1e-5)
-        assert sum(match.words.values()) == pytest.approx(expected, rel=1e-6, abs=1e-5)
+        assert match.lexical_score == pytest.approx(expected, abs=1e-5)
+        assert sum(match.words.values()) == pytest.approx(expected, abs=1e-5)
         assert [t.score for t in match.tokens] == [
             t.query_weight * t.passage_weight for t in match.tokens
         ]
@@ -150,9 +150,7 @@ def test_similar_tokens_average_to_the_colbert_score(
     passages = [SHELF, "a", "", "稠密向量 seal"]
     found = find_matches(embeddings, query, passages)
     expected = colbert_scores(embeddings, query, passages)
-    assert [match.colbert_score for match in found.passages] == pytest.approx(
-        expected, rel=1e-6, abs=1e-5
-    )
+    assert [match.colbert_score for match in found.passages] == pytest.approx(expected, abs=1e-5)
     tokens = [token.text for word in found.words for token in word.tokens]
     for match, passage in zip(found.passages, passages, strict=True):
         *similar, (closing, *_) = match.similar

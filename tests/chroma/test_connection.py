@@ -79,8 +79,8 @@ def test_a_reader_sees_what_another_process_writes(tiny, tiny_checkpoint, tmp_pa
         writer.run(
             "store.add_texts([f'part {n}' for n in range(20)], ids=list(map(str, range(20))))"
         )
+        assert len(retriever.invoke("part")) == 20
         # Once in a hundred times Chroma's graph of 20 vectors has no way to one of them.
-        assert len(retriever.invoke("part")) >= 18
         assert len(store.similarity_search("part", k=100)) >= 18
         assert len(store.get(include=["embeddings"])["embeddings"]) == 20
         writer.run("store.delete(list(map(str, range(15))))")
