@@ -1,7 +1,8 @@
-"""What a hybrid query costs.
+"""What a hybrid query costs, and what its lexical side finds behind a filter.
 
 python benchmarks/hybrid.py latency
 python benchmarks/hybrid.py index --sizes 100000 1000000
+python benchmarks/hybrid.py filters
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +25,15 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
+from langchain_bge_dense._scoring import lexical_scores
 from langchain_bge_dense.chroma import index_documents, open_chroma
 from langchain_bge_dense.chroma.companions import Encoded
+from langchain_bge_dense.chroma.records import Record
+from langchain_bge_dense.chroma.search import Search, lexical_best
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from langchain_bge_dense.chroma import BGEM3Chroma
     from langchain_bge_dense.chroma.lexical import LexicalWeights
 
@@ -34,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 SIZES = (1_000, 10_000, 100_000)
 WIDTH = 128
+BATCH = 1_000  # random passages written at once
 
 
 def random_texts(count: int, chooser: random.Random) -> list[str]:
@@ -97,20 +105,90 @@ def index(arguments: argparse.Namespace) -> None:
     finish("lexical index", results)
 
 
-def fill_index(store: BGEM3Chroma, size: int) -> None:
-    """Write random weights of so many passages, token ids with Zipf's frequencies."""
+def random_weights(size: int) -> Iterator[list[dict[int, float]]]:
+    """Lexical weights of passages of 40 tokens with Zipf's frequencies, a thousand at a time."""
     chooser = np.random.default_rng(0)
+    for _ in range(0, size, BATCH):
+        tokens = np.minimum(chooser.zipf(1.1, (BATCH, 40)), 250_000)
+        weights = chooser.random((BATCH, 40), np.float32)
+        rows = zip(tokens.tolist(), weights.tolist(), strict=True)
+        yield [dict(zip(*row, strict=True)) for row in rows]
+
+
+def fill_index(store: BGEM3Chroma, size: int) -> None:
+    """Write random weights of so many passages."""
     store._passages.connection.acquire_writer()  # noqa: SLF001
-    for first in range(0, size, 1_000):
-        tokens = np.minimum(chooser.zipf(1.1, (1_000, 40)), 250_000)
-        weights = chooser.random((1_000, 40), np.float32)
-        lexical = [
-            dict(zip(*rows, strict=True))
-            for rows in zip(tokens.tolist(), weights.tolist(), strict=True)
-        ]
-        ids = [f"{number:064}" for number in range(first, first + 1_000)]
-        store._passages.weights.add(ids, ids, Encoded(np.empty((1_000, 0), np.float32), lexical))  # noqa: SLF001
+    for number, lexical in enumerate(random_weights(size)):
+        ids = [f"{number * BATCH + row:064}" for row in range(BATCH)]
+        encoded = Encoded(np.empty((BATCH, 0), np.float32), lexical)
+        store._passages.weights.add(ids, ids, encoded)  # noqa: SLF001
     store.close()
+
+
+def filters(arguments: argparse.Namespace) -> None:
+    """Lexical candidates behind a filter, beside an exact search through all that pass it."""
+    print(machine() + "\n")
+    share_of = np.random.default_rng(1).random(arguments.size)  # (N,)
+    lexical = list(chain.from_iterable(random_weights(arguments.size)))
+    queries = [dict(list(lexical[number].items())[:8]) for number in range(arguments.queries)]
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_chroma(DeterministicFakeEmbedding(size=8), persist_directory=folder)
+        fill_store(store, lexical, share_of)
+        for share in (1.0, 0.5, 0.05, 0.001):
+            passing = np.flatnonzero(share_of < share).tolist()
+            where = {"share": {"$lt": share}} if share < 1 else None
+            search = Search("", 4, arguments.count, (0, 1, 0), "standard", where, None)
+            exact = [best_of(lexical, passing, query, arguments.count) for query in queries]
+            results.append({"share": share, **searched(store, queries, search, lexical, exact)})
+    table = [
+        [f"{run['share']:.1%}", f"{run['recall']:.4f}", f"{run['seconds'] * 1e3:.0f} ms"]
+        for run in results
+    ]
+    show(["passages that pass the filter", f"recall at {arguments.count}", "lexical side"], table)
+    finish("lexical filters", results)
+
+
+def fill_store(
+    store: BGEM3Chroma, lexical: Sequence[Mapping[int, float]], share_of: np.ndarray[Any, Any]
+) -> None:
+    """Write passages with a number from 0 to 1 that filters take."""
+    passages, chooser = store._passages, np.random.default_rng(2)  # noqa: SLF001
+    passages.connection.acquire_writer()
+    for first in range(0, len(lexical), BATCH):
+        rows = lexical[first : first + BATCH]
+        numbers = range(first, first + len(rows))
+        records = [Record(str(n), str(n), {"share": float(share_of[n])}, n) for n in numbers]
+        vectors = chooser.standard_normal((len(rows), 8)).astype(np.float32)
+        passages.write(records, Encoded(vectors, rows), {})
+    passages.weights.sync()
+
+
+def best_of(
+    lexical: Sequence[Mapping[int, float]], passing: list[int], query: dict[int, float], count: int
+) -> list[float]:
+    """The highest scores above 0 of all passages that pass, by adding up products one by one."""
+    scores = np.sort(lexical_scores(query, [lexical[number] for number in passing]))[::-1][:count]
+    return scores[scores > 0].tolist()
+
+
+def searched(
+    store: BGEM3Chroma,
+    queries: list[dict[int, float]],
+    search: Search,
+    lexical: Sequence[Mapping[int, float]],
+    exact: list[list[float]],
+) -> dict[str, float]:
+    """What share of the exact best scores the index finds, and how long it takes."""
+    collection, weights = store._collection, store._passages.weights  # noqa: SLF001
+    hits, seconds = 0, []
+    for query, best in zip(queries, exact, strict=True):
+        start = time.perf_counter()
+        found = lexical_best(collection, weights.scores(query), search)
+        seconds.append(time.perf_counter() - start)
+        scores = lexical_scores(query, [lexical[int(passage)] for passage in found]).tolist()
+        hits += sum(score >= best[-1] - 1e-5 for score in scores[: len(best)]) if best else 0
+    return {"recall": hits / sum(map(len, exact)), "seconds": statistics.median(seconds)}
 
 
 def resident() -> float:
@@ -178,6 +256,11 @@ def main() -> None:
     about_index = commands.add_parser("index", help=index.__doc__)
     about_index.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000])
     about_index.set_defaults(run=index)
+    about_filters = commands.add_parser("filters", help=filters.__doc__)
+    about_filters.add_argument("--size", type=int, default=100_000, help="passages")
+    about_filters.add_argument("--queries", type=int, default=50)
+    about_filters.add_argument("--count", type=int, default=50, help="candidates of a query")
+    about_filters.set_defaults(run=filters)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

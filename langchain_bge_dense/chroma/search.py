@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from langchain_bge_dense.chroma.passages import Passages
 
 _SMALLEST = np.float32(1e-12)  # of what is divided by
-_FILTERED_DEPTH = 10  # times as many lexical candidates are looked up before a filter drops some
 
 
 @dataclass(frozen=True)
@@ -91,18 +90,11 @@ def lexical_best(collection: Collection, scores: LexicalScores, search: Search) 
         scores: Of all of them.
         search: How many, and the filters.
     """
-    if not search.filters:
-        return scores.ranked(search.count)
-    depth = search.count * _FILTERED_DEPTH
-    ranked = scores.ranked(depth)
-    if not ranked:
-        return []
-    passing = set(collection.get(ids=ranked, include=[], **search.filters)["ids"])
-    found = [passage for passage in ranked if passage in passing]
-    if len(found) < search.count and len(ranked) == depth:  # few pass: rank just those
-        all_passing = collection.get(include=[], **search.filters)["ids"]
-        found = scores.ranked(search.count, among=all_passing)
-    return found[: search.count]
+    best = scores.ranked(search.count)
+    if not best or not search.filters:
+        return best
+    # All that pass: of given ids alone Chroma takes 50 times as long, each against all that pass.
+    return scores.ranked(search.count, among=collection.get(include=[], **search.filters)["ids"])
 
 
 @dataclass
