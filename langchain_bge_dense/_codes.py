@@ -88,7 +88,7 @@ class Codec(NamedTuple):
         """Codes of a passage: its kind, a scale a token, and the codes themselves.
 
         Args:
-            vectors: `(T, D)`, of unit length.
+            vectors: `(T, D)`.
         """
         residuals = pooled(vectors, self.pooling) - self.mean  # (P, D)
         packed = _QUANTISERS[self.kind](residuals)  # (P, B)
@@ -196,12 +196,12 @@ def pooled(vectors: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
     """Directions of the most similar tokens' means, a `factor`-th of them (arXiv:2409.14683).
 
     Args:
-        vectors: Of a passage's tokens, `(T, D)`, of unit length.
+        vectors: Of a passage's tokens, `(T, D)`.
         factor: Tokens per cluster on average.
 
     Returns:
-        One vector of unit length for each of Ward's clusters, `(P, D)`; in long passages these are
-        of neighbouring tokens alone.
+        One vector for each of Ward's clusters, `(P, D)`, as long as its tokens' are on average; in
+        long passages clusters are of neighbouring tokens alone.
     """
     if factor == 1 or len(vectors) <= factor:
         return vectors
@@ -212,16 +212,17 @@ def pooled(vectors: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
 def _clustered(vectors: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
     from scipy.cluster.hierarchy import fcluster, linkage
 
-    count = len(vectors)
-    cosines: NDArray[np.float32] = vectors @ vectors.T
-    distances = np.sqrt(np.maximum(2 - 2 * cosines, 0))  # (T, T)
-    tree = linkage(distances[np.triu_indices(count, 1)], "ward")
-    labels = fcluster(tree, max(1, count // factor), "maxclust") - 1  # (T,)
+    squares = np.square(vectors).sum(axis=1)  # (T,)
+    distances = squares[:, None] + squares - 2 * product(vectors, vectors.T)  # (T, T)
+    pairs = np.sqrt(np.maximum(distances[np.triu_indices(len(vectors), 1)], 0))
+    tree = linkage(pairs, "ward")
+    labels = fcluster(tree, max(1, len(vectors) // factor), "maxclust") - 1  # (T,)
     sums = np.zeros((labels.max() + 1, vectors.shape[1]), np.float32)  # (P, D)
     np.add.at(sums, labels, vectors)
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)  # (P, 1)
-    unit: NDArray[np.float32] = sums / np.maximum(norms, np.float32(_SMALLEST))
-    return unit
+    lengths = np.bincount(labels, np.sqrt(squares)) / np.bincount(labels)  # (P,)
+    norms = np.maximum(np.linalg.norm(sums, axis=1), _SMALLEST)  # (P,)
+    sums *= (lengths / norms)[:, None]
+    return sums
 
 
 def _signs(residuals: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -96,7 +96,7 @@ class BGEM3Retriever(BaseRetriever):
     `bge_m3_colbert_score`, as the model gives them, to the metadata. Without them a passage is the
     same document for every query, which `MultiQueryRetriever` and others rely on."""
 
-    _warned: bool = PrivateAttr(default=False)
+    _warned: set[str] = PrivateAttr(default_factory=set)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -194,7 +194,7 @@ class BGEM3Retriever(BaseRetriever):
         return passages.weights if len(passages.weights) else None
 
     def _warn_of(self, lacking: int, count: int, what: str, *, kept: bool) -> None:
-        """Say once that passages lack something.
+        """Say once what passages lack.
 
         Args:
             lacking: How many.
@@ -202,8 +202,8 @@ class BGEM3Retriever(BaseRetriever):
             what: They lack.
             kept: Whether the collection keeps it.
         """
-        if not self._warned:
-            self._warned = True
+        if what not in self._warned:
+            self._warned.add(what)
             msg = (
                 f"{lacking:,} of {count:,} passages of the collection "
                 f"{self._passages.collection.name!r} have no {what}. "

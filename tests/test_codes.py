@@ -103,6 +103,10 @@ class TestPooling:
         assert found.shape == (kept, 256)
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
 
+    def test_vectors_that_are_not_normalised_keep_their_length(self) -> None:
+        vectors = unit(40)
+        np.testing.assert_allclose(pooled(7 * vectors, 2), 7 * pooled(vectors, 2), atol=1e-6)
+
     def test_without_pooling_they_stay(self) -> None:
         vectors = unit(5)
         assert pooled(vectors, 1) is vectors

@@ -72,7 +72,7 @@ class Encoder:
 
     def count(self, text: str) -> int:
         """Number of tokens of a text, special tokens left out."""
-        return len(self._backend.encode(text, add_special_tokens=False).ids)
+        return len(self._encode(text).ids)
 
     def token_strings(self, weights: dict[int, float]) -> dict[str, float]:
         """Lexical weights by token string, the largest first.
@@ -89,12 +89,16 @@ class Encoder:
 
     def token_spans(self, text: str) -> list[tuple[int, int, int]]:
         """Tokens of a text in order: id, and where in the text it starts and ends."""
-        encoded = self._backend.encode(text, add_special_tokens=False)
+        encoded = self._encode(text)
         rows = zip(encoded.ids, encoded.offsets, encoded.tokens, strict=True)
         return [
             (token, start, start if string == _WORD_START else end)
             for token, (start, end), string in rows
         ]
+
+    def _encode(self, text: str) -> Any:
+        with _in_tokenizer():
+            return self._backend.encode(text, add_special_tokens=False)
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
         """Tokenise texts, special tokens included, and cut them as the tokenizer itself would."""

@@ -162,6 +162,10 @@ def test_what_lacks_them_is_computed_once_and_can_be_completed(
         found = {d.id: d.metadata["bge_m3_colbert_score"] for d in retriever.invoke(QUERY)}
     assert [found[i] for i in IDS] == pytest.approx(exact(tiny, TEXTS).tolist(), abs=5e-3)
     retriever.invoke(QUERY)  # says it once
+    hybrid = BGEM3Retriever(vectorstore=store, weights=(1, 1, 1))
+    with pytest.warns(UserWarning, match="2 of 4 passages") as caught:
+        hybrid.invoke(QUERY)
+    assert [str(w.message).partition(" have no ")[2][:7] for w in caught] == ["lexical", "ColBERT"]
     assert store.add_missing() == 2
     assert store.add_missing() == 0
     with warnings.catch_warnings():
