@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.cluster.hierarchy import fcluster, linkage
 
-from langchain_bge_dense._codes import KINDS, Codec, pooled
+from langchain_bge_dense import _codes
+from langchain_bge_dense._codes import KINDS, Codec, neighbours, pooled
 from langchain_bge_dense._scoring import maxsim_scores
 
 if TYPE_CHECKING:
@@ -65,7 +67,19 @@ def test_scores_are_maxsim_over_what_the_codes_say(  # noqa: PLR0917
 
 
 def test_no_passages_have_no_scores() -> None:
-    assert codec("1bit").maxsim(unit(3), []).shape == (0,)
+    made = codec("1bit")
+    for passages in ([], [made.compress(unit(2))]):
+        scores = made.maxsim(unit(3), passages)
+        assert (scores.shape, scores.dtype) == ((len(passages),), np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_token_is_coded_by_itself(kind: Kind) -> None:
+    made = codec(kind)
+    vectors = unit(5) * np.array([[1], [2], [30], [4], [0.5]], np.float32)
+    alone = [made.decompress(made.compress(vectors[row : row + 1])) for row in range(5)]
+    np.testing.assert_array_equal(made.decompress(made.compress(vectors)), np.concatenate(alone))
+    assert alone[0].dtype == np.float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,6 +121,15 @@ class TestPooling:
         vectors = unit(40)
         np.testing.assert_allclose(pooled(7 * vectors, 2), 7 * pooled(vectors, 2), atol=1e-6)
 
+    def test_clusters_are_wards(self) -> None:
+        vectors = unit(30)
+        labels = fcluster(linkage(vectors.astype(float), "ward"), 10, "maxclust")
+        sums = np.stack([vectors[labels == label].sum(axis=0) for label in range(1, 11)])
+        expected = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+        found = pooled(vectors, 3)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert found.dtype == np.float32
+
     def test_without_pooling_they_stay(self) -> None:
         vectors = unit(5)
         assert pooled(vectors, 1) is vectors
@@ -121,9 +144,29 @@ def test_a_models_codec_is_the_same_wherever_it_is_made(tiny: BGEM3Embeddings) -
     one, other = Codec.of(tiny, "2bit", 3), Codec.of(tiny)
     assert (one.kind, one.pooling, other.kind, other.pooling) == ("2bit", 3, "1bit", 1)
     np.testing.assert_array_equal(one.mean, other.mean)
+    vectors = np.concatenate(tiny.encode(_codes._SENTENCES, dense=False, colbert=True).colbert)
+    np.testing.assert_array_equal(one.mean, vectors.mean(axis=0).astype(np.float16))
     instructed = tiny.model_copy(update={"document_instruction": "passage: "})
     np.testing.assert_array_equal(Codec.of(instructed).mean, one.mean)
     short = tiny.model_copy(update={"max_length": 8, "on_truncate": "raise"})
     assert Codec.of(short).mean @ one.mean > 0.9 * np.square(one.mean).sum()
     assert 0.01 < np.linalg.norm(one.mean) < 1
     assert one.mean.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("lengths", "runs"),
+    [
+        ([], [[]]),
+        ([4, 5, 1], [[4, 5, 1]]),
+        ([4, 5, 2, 9, 1], [[4, 5], [2], [9, 1]]),
+        ([20, 1, 20], [[20], [1], [20]]),
+    ],
+)
+def test_neighbours_fit_into_memory_together(
+    lengths: list[int], runs: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_codes, "_CHARACTERS", 10)
+    found = neighbours(["x" * length for length in lengths])
+    assert [[len(text) for text in run] for run in found] == runs
+    assert list(neighbours([None, "x"])) == [[None, "x"]]

@@ -64,21 +64,22 @@ def test_whatever_passes_is_kept_as_it_was(contents):
         np.int64(1),
         Path("a"),
         dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc),
-        object(),
+        ...,
     ],
     ids=repr,
 )
 def test_types_that_chroma_cannot_store(value):
-    with pytest.raises(TypeError, match=r"Document 3 has the metadata 'key' = .*Use str, int") as e:
+    with pytest.raises(TypeError, match=r" that Chroma cannot store\. Use str, .*four\.$") as e:
         record(Document("text", metadata={"good": 1, "key": value}), 3)
-    assert repr(value) in str(e.value)
+    named = f"Document 3 has the metadata 'key' = {value!r}, a {type(value).__name__} that"
+    assert str(e.value).startswith(named)
 
 
 @pytest.mark.parametrize(
     "value", [math.nan, math.inf, [1.0, math.nan], 2**63, -(2**63) - 1, [2**63]], ids=repr
 )
 def test_numbers_that_chroma_cannot_store(value):
-    with pytest.raises(ValueError, match=r"Document 3 has the metadata 'key' = .*finite floats"):
+    with pytest.raises(ValueError, match=r"'key' = .* cannot store\. Use finite floats .*str\.$"):
         record(Document("text", metadata={"key": value}), 3)
 
 
@@ -89,7 +90,8 @@ def test_keys_that_chroma_keeps_for_itself(key):
 
 
 def test_keys_that_are_not_text():
-    with pytest.raises(TypeError, match="Document 3 has the metadata key 1, which is int"):
+    message = r"^Document 3 has the metadata key 1, which is int\. Make it a str\.$"
+    with pytest.raises(TypeError, match=message):
         record(Document("text", metadata={1: "value"}), 3)
 
 
@@ -103,7 +105,10 @@ def test_keys_that_are_not_text():
     ],
 )
 def test_lone_surrogates(document):
-    with pytest.raises(ValueError, match="Document 3 has a lone surrogate"):
+    message = (
+        r"^Document 3 has a lone surrogate, '.ud...', in its text or metadata\. Decode .*clean"
+    )
+    with pytest.raises(ValueError, match=message):
         record(document, 3)
 
 
@@ -111,7 +116,8 @@ def test_lone_surrogates(document):
     "item", ["text", None, {"page_content": "text"}, Document.model_construct(page_content=None)]
 )
 def test_items_that_are_no_documents(item):
-    with pytest.raises(TypeError, match=r"Item 3 is .*, not a Document with text"):
+    message = f"^Item 3 is {type(item).__name__}, not a Document with text. Wrap texts as Document"
+    with pytest.raises(TypeError, match=message):
         record(item, 3)
 
 
@@ -137,8 +143,15 @@ def test_ids_are_of_content_alone():
     assert one.startswith("5ee8763fe426")  # another would embed everybody's documents again
 
 
-def test_the_callers_id_is_kept():
-    assert record(Document("a", id="mine"), 0).id == "mine"
+def test_the_callers_id_and_the_place_are_kept():
+    kept = record(Document("a", id="mine"), 7)
+    assert (kept.id, kept.position) == ("mine", 7)
+
+
+def test_zeros_are_equal_and_any_letter_may_begin_a_key():
+    one, other = (record(Document("a", metadata={"X": zero}), 0) for zero in (0.0, -0.0))
+    assert one.id == other.id
+    assert math.copysign(1, other.metadata["X"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -146,6 +159,9 @@ def test_the_callers_id_is_kept():
     [
         (0.1, 0.10000000000000002, True),
         (0.1, 0.1001, False),
+        (1.0, 1.0000000001, False),
+        (["a"], "a", False),
+        ("a", ["a"], False),
         (1, 1.0, False),
         (1, True, False),
         ([1.5, 2.5], [1.5, 2.5000000000000004], True),
