@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from langchain_bge_dense._engine.calls import windows
 from langchain_bge_dense._scoring import product
 
 if TYPE_CHECKING:
@@ -181,15 +182,23 @@ class Codec(NamedTuple):
         return levels  # (P, D)
 
 
-def neighbours(texts: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def check_kind(kind: object, pooling: int) -> None:
+    """Refuse codes that there are not.
+
+    Raises:
+        ValueError: It is another kind, or less than one token to a vector.
+    """
+    if kind not in KINDS or pooling < 1:
+        msg = (
+            f"There are no ColBERT codes of colbert={kind!r} and colbert_pooling={pooling}. "
+            f"Use one of {', '.join(map(repr, KINDS))}, and 1 or more tokens to a vector."
+        )
+        raise ValueError(msg)
+
+
+def in_memory(texts: Sequence[Any]) -> Iterator[list[Any]]:
     """Texts in runs whose ColBERT vectors fit into memory together; what is no text counts too."""
-    start = size = 0
-    for stop, length in enumerate(len(str(text)) for text in texts):
-        if size and size + length > _CHARACTERS:
-            yield texts[start:stop]
-            start, size = stop, 0
-        size += length
-    yield texts[start:]
+    return windows(texts, lambda text: len(str(text)), _CHARACTERS)
 
 
 def pooled(vectors: NDArray[np.float32], factor: int) -> NDArray[np.float32]:

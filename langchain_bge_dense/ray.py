@@ -21,7 +21,7 @@ except ImportError as error:
     )
     raise ImportError(msg, name=error.name) from error
 
-from langchain_bge_dense._codes import KINDS, Codec, Kind, neighbours
+from langchain_bge_dense._codes import Codec, Kind, check_kind, in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -99,7 +99,7 @@ def embed_dataset(  # noqa: PLR0913
         >>> len(rows["equal rights"]["vector"]), rows[None]["error"]
         (32, 'The text is NoneType, not str. Convert it first, or drop it from the list.')
     """
-    _check_codes(colbert, colbert_pooling)
+    check_kind(colbert, colbert_pooling)
     columns = _Columns(text_column, vector_column, lexical_column, error_column, colbert_column)
     _check(columns, dataset.columns() or [])
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
@@ -157,7 +157,7 @@ class _Embedder:
         text, vector, lexical, error, colbert = self._columns
         given = text in table.column_names  # a file of many may lack the column
         texts = table.column(text).to_pylist() if given else [None] * len(table)
-        parts = neighbours(texts) if self._codec else [texts]
+        parts = in_memory(texts) if self._codec else [texts]
         rows = [row for part in parts for row in self._encode(part)]
         table = table.append_column(vector, pa.array([row.vector for row in rows], _VECTOR))
         if lexical is not None:
@@ -207,16 +207,6 @@ def _check(columns: _Columns, there: Sequence[str]) -> None:
             raise ValueError(msg)
         if name is not None:
             taken.add(name)
-
-
-def _check_codes(colbert: object, pooling: int) -> None:
-    """Refuse codes that there are not."""
-    if colbert not in KINDS or pooling < 1:
-        msg = (
-            f"There are no ColBERT codes of colbert={colbert!r} and colbert_pooling={pooling}. "
-            f"Use one of {', '.join(map(repr, KINDS))}, and 1 or more tokens to a code."
-        )
-        raise ValueError(msg)
 
 
 def _actors(

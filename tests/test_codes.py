@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from langchain_bge_dense import _codes
-from langchain_bge_dense._codes import KINDS, Codec, neighbours, pooled
+from langchain_bge_dense._codes import KINDS, Codec, in_memory, pooled
 from langchain_bge_dense._scoring import maxsim_scores
 
 if TYPE_CHECKING:
@@ -154,19 +154,7 @@ def test_a_models_codec_is_the_same_wherever_it_is_made(tiny: BGEM3Embeddings) -
     assert one.mean.dtype == np.float32
 
 
-@pytest.mark.parametrize(
-    ("lengths", "runs"),
-    [
-        ([], [[]]),
-        ([4, 5, 1], [[4, 5, 1]]),
-        ([4, 5, 2, 9, 1], [[4, 5], [2], [9, 1]]),
-        ([20, 1, 20], [[20], [1], [20]]),
-    ],
-)
-def test_neighbours_fit_into_memory_together(
-    lengths: list[int], runs: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_fit_into_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_codes, "_CHARACTERS", 10)
-    found = neighbours(["x" * length for length in lengths])
-    assert [[len(text) for text in run] for run in found] == runs
-    assert list(neighbours([None, "x"])) == [[None, "x"]]
+    found = in_memory([None, "x" * 6, "x" * 10, "x" * 11, "", "x"])
+    assert [[len(str(text)) for text in run] for run in found] == [[4, 6], [10], [11], [0, 1]]

@@ -23,7 +23,7 @@ from langchain_bge_dense._engine.checkpoint import HEADS
 from langchain_bge_dense._engine.outputs import Outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
     import numpy as np
@@ -294,6 +294,26 @@ class Pairs:
                 self._kept.popitem(last=False)
 
 
+def windows(
+    items: Iterable[T], size: Callable[[T], int], room: int, most: int = sys.maxsize
+) -> Iterator[list[T]]:
+    """Items in order, `most` at once and as many as there is room for, one at least.
+
+    >>> list(windows(["abc", "d", "e", "fghijk", "l"], len, room=4, most=2))
+    [['abc', 'd'], ['e'], ['fghijk'], ['l']]
+    """
+    window: list[T] = []
+    taken = 0
+    for item in items:
+        if len(window) == most or (window and taken + size(item) > room):
+            yield window
+            window, taken = [], 0
+        window.append(item)
+        taken += size(item)
+    if window:
+        yield window
+
+
 def _checked(texts: Iterable[str]) -> Iterable[str]:
     """Refuse what is not an iterable of texts; its items are checked one by one."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
@@ -390,13 +410,6 @@ def wait(request: Running, bar: tqdm[Any] | None = None) -> None:
 
 
 _pairs_lock = threading.Lock()
-
-
-def _unlock_after_fork() -> None:
-    # A lock that another thread of the parent held is never let go in the child.
-    global _pairs_lock  # noqa: PLW0603
-    _pairs_lock = threading.Lock()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_after_fork)
+    # Another thread of the parent may hold it, and would never let it go in the child.
+    os.register_at_fork(after_in_child=_pairs_lock._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001

@@ -30,13 +30,13 @@ from tenacity import (
     wait_exponential,
 )
 
-from langchain_bge_dense._engine.calls import BaseEngine, check_text, result
+from langchain_bge_dense._engine.calls import BaseEngine, check_text, result, windows
 from langchain_bge_dense._engine.checkpoint import Checkpoint
 from langchain_bge_dense._engine.outputs import encoding_of
 from langchain_bge_dense._engine.wire import unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Sequence
+    from collections.abc import Coroutine, Sequence
 
     from langchain_bge_dense._engine.calls import Options
     from langchain_bge_dense._engine.outputs import M3Encoding, Outputs
@@ -163,8 +163,9 @@ class Client(BaseEngine):
         most = limits["colbert_texts" if outputs.colbert else "texts"]
         head = json.dumps(settings).encode()[:-1]
         quoted = [json.dumps(text, ensure_ascii=False).encode() for text in texts]
+        room = limits["body"] - len(head) - _FRAME_BYTES
         bodies = []
-        for group in _groups(quoted, most, limits["body"] - len(head) - _FRAME_BYTES):
+        for group in windows(quoted, lambda text: len(text) + 1, room, most):
             body = b'%b, "first": %d, "texts": [%b]}' % (head, first, b",".join(group))
             bodies.append((body, len(group)))
             first += len(group)
@@ -293,24 +294,6 @@ def _is_lost(response: httpx.Response) -> bool:
     return response.status_code == httpx.codes.INTERNAL_SERVER_ERROR and "json" not in kind
 
 
-def _groups(texts: list[bytes], most: int, room: int) -> Iterator[list[bytes]]:
-    """Texts in order, `most` at once and `room` bytes, one at least.
-
-    >>> list(_groups([b"abc", b"d", b"e", b"fghijk", b"l"], 2, 6))
-    [[b'abc', b'd'], [b'e'], [b'fghijk'], [b'l']]
-    """
-    group: list[bytes] = []
-    size = 0
-    for text in texts:
-        if group and (len(group) == most or size + len(text) + 1 > room):
-            yield group
-            group, size = [], 0
-        group.append(text)
-        size += len(text) + 1
-    if group:
-        yield group
-
-
 _clients: weakref.WeakValueDictionary[tuple[str, str | None], Client] = (
     weakref.WeakValueDictionary()
 )
@@ -352,11 +335,6 @@ def _close(https: dict[int, httpx.AsyncClient]) -> None:
         loop.call_soon_threadsafe(lambda: loop.create_task(http.aclose()))
 
 
-def _unlock_after_fork() -> None:
-    # A lock that another thread of the parent held is never let go in the child.
-    global _lock  # noqa: PLW0603
-    _lock = threading.Lock()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_after_fork)
+    # Another thread of the parent may hold it, and would never let it go in the child.
+    os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001

@@ -161,11 +161,6 @@ def _instruction(instruction: str | None, template: str) -> str:
     return prefix[:-1]
 
 
-def _unlock_after_fork() -> None:
-    # A lock that another thread of the parent held is never let go in the child.
-    global _loading_lock  # noqa: PLW0603
-    _loading_lock = threading.Lock()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_after_fork)
+    # Another thread of the parent may hold it, and would never let it go in the child.
+    os.register_at_fork(after_in_child=_loading_lock._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.utils.iter import batch_iterate
 
+from langchain_bge_dense._engine.calls import windows
 from langchain_bge_dense.chroma.companions import (
     CollectionCompanion,
     Companion,
@@ -188,16 +189,7 @@ class CodesInCollection(CollectionCompanion, ColbertCodes):
 
 def _pages(rows: Mapping[str, Stored]) -> Iterator[dict[str, Stored]]:
     """Rows in order, as many at once as a server takes."""
-    page: dict[str, Stored] = {}
-    size = 0
-    for passage, stored in rows.items():
-        if page and size + len(stored.codes) > _REQUEST_BYTES:
-            yield page
-            page, size = {}, 0
-        page[passage] = stored
-        size += len(stored.codes)
-    if page:
-        yield page
+    return map(dict, windows(rows.items(), lambda row: len(row[1].codes), _REQUEST_BYTES))
 
 
 def _hash(text: str) -> str:

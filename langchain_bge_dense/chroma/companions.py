@@ -46,12 +46,6 @@ class Encoded(NamedTuple):
         """How many passages were cut."""
         return sum(length is not None for length in self.truncated_at or ())
 
-    def select(self, rows: Sequence[int]) -> Encoded:
-        """What was made of some of the passages."""
-        columns: Any = (self.lexical, self.truncated_at, self.colbert)
-        lexical, cut, colbert = (column and [column[row] for row in rows] for column in columns)
-        return Encoded(self.vectors[list(rows)], lexical, cut, self.tokens, colbert)
-
     @classmethod
     def joined(cls, parts: Sequence[Encoded]) -> Encoded:
         """What was made of the passages of several calls that asked for the same."""

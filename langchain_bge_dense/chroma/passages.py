@@ -12,7 +12,7 @@ import numpy as np
 from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
-from langchain_bge_dense._codes import KINDS, Codec, neighbours
+from langchain_bge_dense._codes import Codec, check_kind, in_memory
 from langchain_bge_dense.chroma.colbert import ColbertCodes
 from langchain_bge_dense.chroma.collection import (
     COLBERT,
@@ -65,14 +65,9 @@ class Kept(NamedTuple):
         Raises:
             ValueError: There are no such codes.
         """
-        kinds = (None, True, False, *KINDS)
-        if colbert not in kinds or pooling < 1:
-            msg = (
-                f"colbert={colbert!r} with colbert_pooling={pooling} is not a way to keep ColBERT "
-                f"vectors. Use one of {kinds}, and a pooling of 1 or more tokens to a vector."
-            )
-            raise ValueError(msg)
-        return cls(lexical, "1bit" if colbert is True else colbert, pooling)
+        kind: Any = "1bit" if colbert is True else colbert
+        check_kind(kind or "1bit", pooling)
+        return cls(lexical, kind, pooling)
 
     def check(self, embeddings: Embeddings) -> None:
         """Refuse embeddings that do not give what is asked for.
@@ -276,7 +271,7 @@ class Passages:
         codec = self.codec(create=True)
         kept = self.lexical or codec is not None
         if isinstance(model, BGEM3Embeddings) and (kept or model is self.embeddings):
-            parts = neighbours(texts) if codec else [texts]
+            parts = in_memory(texts) if codec else [texts]
             return Encoded.joined([self._encoded(model, part, codec, dense) for part in parts])
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused as non-finite
             vectors = np.asarray(self.embeddings.embed_documents(list(texts)), np.float32)  # (N, D)
@@ -365,11 +360,10 @@ class Passages:
             present = [kept.present(list(texts), list(texts.values())) for kept in self.kept]
             lacking = [p for p in texts if not all(p in found for found in present)]
             if lacking:
-                encoded = self.encode([texts[p] for p in lacking], dense=False)
-                for companion, found in zip(self.kept, present, strict=True):
-                    rows = [row for row, p in enumerate(lacking) if p not in found]
-                    ids = [lacking[row] for row in rows]
-                    companion.add(ids, [texts[p] for p in ids], encoded.select(rows))
+                own = [texts[p] for p in lacking]
+                encoded = self.encode(own, dense=False)
+                for companion in self.kept:
+                    companion.add(lacking, own, encoded)
             added += len(lacking)
         return added
 
