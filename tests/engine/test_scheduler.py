@@ -6,7 +6,9 @@ The encoder is one of a few lines, which says what ran when and can be held up.
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import time
 import weakref
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from langchain_bge_dense._engine import scheduler as module
 from langchain_bge_dense._engine.outputs import Outputs, TextOutputs, Tokens
 from langchain_bge_dense._engine.scheduler import Queue, Request, Scheduler, Sequence
 
@@ -64,6 +67,7 @@ class TestQueue:
             ([16, 16], [[16], [16]]),
             ([9, 8, 7, 6], [[9, 6], [8, 7]]),  # a short text fills the room that is left
             ([8, 4, 3], [[8, 4, 3]]),  # to the last token
+            ([7, 1, 8], [[8, 7], [1]]),  # the longest first
         ],
     )
     def test_a_batch_fills_the_budget_in_true_tokens(
@@ -191,7 +195,7 @@ class TestRequest:
         tokens = [Tokens(np.zeros(3, np.int32), 3)] * 4
         failed = Request(tokens, DENSE, 64, first=2_048)
         failed.deliver(2, None)
-        with pytest.raises(FloatingPointError, match="Text 2050 has a non-finite vector"):
+        with pytest.raises(FloatingPointError, match=r"^Text 2050 has .* The .* model again\.$"):
             failed.future.result()
 
 
@@ -274,6 +278,7 @@ def test_the_encoder_is_loaded_in_the_thread_that_runs_it() -> None:
     scheduler.stop()
     assert set(threads) == {scheduler._thread}
     assert len(threads) == 3
+    assert isinstance(scheduler.loaded.result(), Noting)
 
 
 def test_an_error_while_loading_is_for_whoever_waits_and_ends_the_thread() -> None:
@@ -299,11 +304,11 @@ def test_a_query_goes_before_documents_at_the_next_batch(
     go_on = encoder.hold()
     documents = enqueue(scheduler, *["d" * 60] * 5)
     encoder.in_a_batch()
-    query = enqueue(scheduler, "query", urgent=True)
+    queries = [enqueue(scheduler, "q" * 60, urgent=True) for _ in range(3)]
     go_on()
-    dense(query)
+    assert [dense(query) for query in queries] == [[60]] * 3
     dense(documents)
-    assert encoder.batches[1] == ["query"]
+    assert encoder.batches[1:4] == [["q" * 60]] * 3
 
 
 def test_what_waits_together_shares_a_batch_across_callers(
@@ -357,6 +362,8 @@ def test_an_error_of_a_shared_batch_reaches_only_the_caller_who_caused_it(
         dense(requests[1])
     assert dense(requests[0]) == dense(requests[2]) == [len(text)]
     assert sorted(encoder.batches[1]) == sorted([mate, text, mate])
+    again = [[mate], [mate], [text]] if error is MemoryError else []
+    assert sorted(encoder.batches[2:]) == sorted(again)
 
 
 def test_a_caller_with_one_bad_text_of_many_gets_the_error_at_once(
@@ -408,7 +415,7 @@ def test_after_a_stop_there_is_no_thread_and_no_new_work(encoder: Letters) -> No
     dense(enqueue(scheduler, "document"))
     scheduler.stop()
     assert not scheduler._thread.is_alive()
-    with pytest.raises(RuntimeError, match="Python is exiting"):
+    with pytest.raises(RuntimeError, match=r"^The model was stopped, as Python is exiting\. Embed"):
         enqueue(scheduler, "late")
 
 
@@ -443,6 +450,90 @@ def test_an_idle_thread_holds_on_to_no_texts_and_no_results(scheduler: Scheduler
     del each, requests
     gc.collect()
     assert [ref() for ref in held] == [None, None]
+
+
+def test_an_idle_thread_waits(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense(enqueue(scheduler, "x"))
+    turns = []
+    next_batch = Queue.next_batch
+    monkeypatch.setattr(Queue, "next_batch", lambda queue: turns.append(1) or next_batch(queue))
+    time.sleep(0.1)
+    assert not turns
+    dense(enqueue(scheduler, "x"))
+    assert turns
+
+
+class TestExit:
+    def test_all_schedulers_stop_and_batches_end_at_their_next_layer(
+        self, encoder: Letters, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hooks: list[object] = []
+        made = Scheduler(lambda: encoder)
+        monkeypatch.setattr(module, "_schedulers", {made})
+        monkeypatch.setattr(module, "register_module_forward_pre_hook", hooks.append)
+        assert made._thread.daemon  # Python's exit must not wait for it
+        module._stop_all()
+        assert not made._thread.is_alive()
+        assert hooks == [module._leave_batch]
+
+    def test_only_the_thread_of_a_scheduler_leaves(self, scheduler: Scheduler) -> None:
+        module._leave_batch(None, ())
+        left: list[object] = []
+
+        def run() -> None:
+            try:
+                module._leave_batch(None, ())
+            except SystemExit as error:
+                left.append(error)
+
+        thread = threading.Thread(target=run, name=scheduler._thread.name)
+        thread.start()
+        thread.join(WAIT)
+        assert left
+
+
+class TestFork:
+    @pytest.fixture(autouse=True)
+    def _unset(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv(module._PARALLELISM, raising=False)
+
+    def test_what_tokenizers_warn_of_is_set_for_the_fork_alone(self, scheduler: Scheduler) -> None:
+        assert scheduler
+        module._before_fork()
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+        module._after_fork_in_parent()
+        assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+    def test_the_users_own_setting_stays(
+        self, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert scheduler
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+        module._before_fork()
+        module._after_fork_in_parent()
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+    def test_without_a_model_nothing_is_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "_schedulers", set())
+        module._before_fork()
+        module._after_fork_in_child()
+        module._after_fork_in_parent()
+        assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+    def test_a_child_starts_a_thread_of_its_own(
+        self, encoder: Letters, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = Scheduler(lambda: encoder)
+        parents, inbox = made._thread, made._inbox
+        monkeypatch.setattr(module, "_schedulers", {made})
+        module._after_fork_in_child()
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+        assert dense(enqueue(made, "a")) == [1]
+        assert made._thread is not parents
+        made.stop()
+        inbox.put(None)
+        parents.join(WAIT)
+        assert not parents.is_alive()
 
 
 def test_many_threads_enqueue_at_once(scheduler: Scheduler, encoder: Letters) -> None:
