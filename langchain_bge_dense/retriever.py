@@ -97,6 +97,7 @@ class BGEM3Retriever(BaseRetriever):
     same document for every query, which `MultiQueryRetriever` and others rely on."""
 
     _warned: set[str] = PrivateAttr(default_factory=set)
+    _counted: int | None = PrivateAttr(default=None)  # version of the folder
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -185,7 +186,10 @@ class BGEM3Retriever(BaseRetriever):
     def _lexical_weights(self) -> LexicalWeights | None:
         """The store's weights, read to their end; None: it has none."""
         passages = self._passages
-        version, count = passages.connection.version(), passages.collection.count()
+        version = passages.connection.version()
+        count = 0  # Chroma goes through all passages for it
+        if version is None or version != self._counted:
+            count, self._counted = passages.collection.count(), version
         passages.weights.sync()
         lacking = count - len(passages.weights)
         if lacking > 0 and version == passages.connection.version():  # else counted too early

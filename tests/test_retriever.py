@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from chromadb.api.models.Collection import Collection
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_tests.integration_tests import RetrieversIntegrationTests
@@ -346,6 +347,24 @@ def test_a_store_without_weights_works_and_says_so_once(small: BGEM3Embeddings) 
     assert index_documents(store, documents, lexical=True).skipped == len(documents)
     assert retriever.invoke("spare part")[0].metadata["bge_m3_lexical_score"] > 0
     assert len(store.get()["ids"]) == len(documents)
+
+
+def test_passages_are_counted_once_until_something_is_written(
+    small: BGEM3Embeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chroma goes through all passages to count them."""
+    store = filled(small, [PART, NEAR_PART], persist_directory=tmp_path)
+    counted = []
+    count = Collection.count
+    monkeypatch.setattr(Collection, "count", lambda self: counted.append(1) or count(self))
+    retriever = BGEM3Retriever(vectorstore=store)
+    for _ in range(3):
+        retriever.invoke("spare part")
+    assert len(counted) == 1
+    vectors = small.embed_documents([FILLER[0]])
+    store._collection.add(ids=["plain"], documents=[FILLER[0]], embeddings=vectors)
+    with pytest.warns(UserWarning, match="1 of 3 passages"):
+        retriever.invoke("spare part")
 
 
 def test_weights_survive_on_disk(small: BGEM3Embeddings, tmp_path: Path) -> None:
