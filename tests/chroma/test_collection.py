@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import chromadb
 import numpy as np
 import pytest
+from chromadb.config import Settings
 from hashed_embeddings import HashedEmbeddings
 from langchain_chroma import Chroma
 from langchain_core.documents import Document
@@ -15,7 +16,16 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense.chroma import index_documents, open_chroma
-from langchain_bge_dense.chroma.collection import Identity, fingerprint_of, same_model
+from langchain_bge_dense.chroma.collection import (
+    Identity,
+    check,
+    claim,
+    cosine_configuration,
+    fingerprint_of,
+    local_client,
+    same_model,
+    underlying,
+)
 
 COSINE = {"hnsw": {"space": "cosine"}}
 
@@ -63,9 +73,22 @@ class TestIdentity:
         name = "langchain_core.embeddings.fake.DeterministicFakeEmbedding"
         assert Identity.of(DeterministicFakeEmbedding(size=7)) == (name, 7)
 
+    def test_behind_wrappers(self):
+        class Unasked(HashedEmbeddings):
+            def embed_query(self, text):
+                raise AssertionError(text)
+
+        model = Unasked(5)
+        wrapped = SimpleNamespace(
+            underlying_embeddings=SimpleNamespace(underlying_embeddings=model)
+        )
+        assert underlying(wrapped) is model
+        assert Identity.of(wrapped) == (fingerprint_of(model), 5)
+
     @pytest.mark.parametrize(
         ("one", "other", "same"),
         [
+            ("0123456789ab-cls", "a-0123456789ab-cls", True),
             ("a-0123456789ab-cls", "b-0123456789ab-cls", True),
             ("a-0123456789ab-cls", "my-own-a-0123456789ab-cls", True),
             ("a-0123456789ab-cls", "a-0123456789ab-mean", False),
@@ -115,6 +138,81 @@ class TestKnownCollections:
         with pytest.raises(ValueError, match="-cls-document_"):
             reopen(other, client)
 
+    def test_a_fingerprint_without_a_dimension(self, embeddings, client):
+        stored = {"embedding_fingerprint": fingerprint_of(embeddings)}
+        plain(embeddings, client, collection_metadata=stored)
+        assert reopen(embeddings, client).add_texts(["one"], ids=["a"]) == ["a"]
+
+    def test_one_that_names_no_model(self):
+        with pytest.raises(
+            ValueError, match=r"'n' does not say which .*\. Open it with open_chroma"
+        ):
+            check(SimpleNamespace(name="n", metadata=None), "a")
+
+
+class TestSpaces:
+    @pytest.mark.parametrize(
+        ("given", "made"),
+        [
+            (None, COSINE),
+            ({"hnsw": None}, COSINE),
+            ({"hnsw": {"max_neighbors": 8}}, {"hnsw": {"max_neighbors": 8, "space": "cosine"}}),
+            ({"other": 1}, {"other": 1, **COSINE}),
+            ({"spann": {"reassign": 2}}, {"spann": {"reassign": 2, "space": "cosine"}}),
+        ],
+    )
+    def test_cosine_is_filled_in(self, given, made):
+        assert cosine_configuration(given) == made
+
+    @pytest.mark.parametrize("index", ["hnsw", "spann"])
+    def test_another_is_refused(self, index):
+        message = (
+            "^The collection_configuration names the space 'l2', .*cosines. Leave .* 'cosine'.$"
+        )
+        with pytest.raises(ValueError, match=message):
+            cosine_configuration({index: {"space": "l2"}})
+
+    @pytest.mark.parametrize(
+        ("configuration", "space"),
+        [
+            ({"spann": {"space": "ip"}}, "ip"),
+            ({"hnsw": None, "spann": None}, "l2"),
+            ({"hnsw": {"ef_search": 9}}, "l2"),
+        ],
+    )
+    def test_of_a_collection(self, embeddings, configuration, space):
+        collection = SimpleNamespace(name="n", configuration_json=configuration, metadata=None)
+        with pytest.raises(ValueError, match=f"Collection 'n' has the space '{space}'"):
+            claim(collection, embeddings, Identity.of(embeddings))
+
+
+class TestLocalClient:
+    def test_nobody_else_has_the_database(self):
+        one, other = local_client(None), local_client(None)
+        one.create_collection("notes", embedding_function=None)
+        assert not other.list_collections()
+
+    def test_a_database_that_is_named(self):
+        name = local_client(None).database
+        assert local_client(None, database=name).database == name
+
+    def test_telemetry_is_off_for_the_callers_clients_too(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("ANONYMIZED_TELEMETRY", raising=False)
+        client = local_client(str(tmp_path))
+        assert client.get_settings().persist_directory == str(tmp_path)
+        assert not client.get_settings().anonymized_telemetry
+        assert not Settings().anonymized_telemetry
+        monkeypatch.setenv("ANONYMIZED_TELEMETRY", "True")
+        local_client(str(tmp_path))
+        assert Settings().anonymized_telemetry
+
+    def test_a_client_that_was_here_first_is_left_as_it_is(self, tmp_path):
+        first = chromadb.PersistentClient(str(tmp_path), Settings(anonymized_telemetry=True))
+        first.create_collection("notes", embedding_function=None)
+        client = local_client(str(tmp_path), tenant="default_tenant", database="default_database")
+        assert [found.name for found in client.list_collections()] == ["notes"]
+        assert client.get_settings().anonymized_telemetry
+
 
 class TestPlainCollections:
     def test_empty_in_cosine_space(self, embeddings, client):
@@ -145,9 +243,15 @@ class TestPlainCollections:
         assert "embedding_fingerprint" in store._collection.metadata
         assert len(store.get()["ids"]) == 2
 
+    def test_few_of_many_are_read(self, embeddings, client):
+        texts = [*("a text of some length" for _ in range(9)), "medium", "short"]
+        plain(embeddings, client).add_texts(texts)
+        reopen(embeddings, client)
+        assert embeddings.batches[-1] == ["medium"]
+
     def test_filled_by_the_same_model_in_another_dtype(self, embeddings, client):
         one, *_ = np.eye(8)
-        near, far = (np.array([c, np.sqrt(1 - c * c), *np.zeros(6)]) for c in (0.991, 0.989))
+        near, far = (7 * np.array([c, np.sqrt(1 - c * c), *np.zeros(6)]) for c in (0.991, 0.989))
         embeddings.embed_documents = lambda _: [one.tolist()]
         collection = plain(embeddings, client)._collection
         collection.upsert(ids=["a"], embeddings=[far.tolist()], documents=["one"])
@@ -158,7 +262,8 @@ class TestPlainCollections:
 
     def test_filled_by_another_model(self, embeddings, client):
         plain(HashedEmbeddings(model="other"), client).add_texts(["one"])
-        with pytest.raises(ValueError, match=r"filled by another model than .* has cosine -?0\."):
+        message = rf"filled by another model than '{fingerprint_of(embeddings)}': .* cosine -?0\."
+        with pytest.raises(ValueError, match=message):
             reopen(embeddings, client)
         assert client.get_collection("notes", embedding_function=None).metadata is None
 
