@@ -29,7 +29,7 @@ from langchain_bge_dense._scoring import lexical_scores
 from langchain_bge_dense.chroma import index_documents, open_chroma
 from langchain_bge_dense.chroma.companions import Encoded
 from langchain_bge_dense.chroma.records import Record
-from langchain_bge_dense.chroma.search import Search, lexical_best
+from langchain_bge_dense.chroma.search import Candidates, Search, passing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -126,7 +126,7 @@ def fill_index(store: BGEM3Chroma, size: int) -> None:
 
 
 def filters(arguments: argparse.Namespace) -> None:
-    """Lexical candidates behind a filter, beside an exact search through all that pass it."""
+    """Candidates behind a filter; lexical ones beside exact scores of all that pass it."""
     print(machine() + "\n")
     share_of = np.random.default_rng(1).random(arguments.size)  # (N,)
     lexical = list(chain.from_iterable(random_weights(arguments.size)))
@@ -142,11 +142,19 @@ def filters(arguments: argparse.Namespace) -> None:
             exact = [best_of(lexical, passing, query, arguments.count) for query in queries]
             results.append({"share": share, **searched(store, queries, search, lexical, exact)})
     table = [
-        [f"{run['share']:.1%}", f"{run['recall']:.4f}", f"{run['seconds'] * 1e3:.0f} ms"]
+        [
+            f"{run['share']:.1%}",
+            f"{run['recall']:.4f}",
+            *(
+                f"{run[name] * 1e3:.1f} ms"
+                for name in ("filter", "dense", "lexical", "dense alone")
+            ),
+        ]
         for run in results
     ]
-    show(["passages that pass the filter", f"recall at {arguments.count}", "lexical side"], table)
-    finish("lexical filters", results)
+    header = ["passages that pass", f"lexical recall at {arguments.count}", "the filter"]
+    show([*header, "dense candidates", "lexical candidates", "a dense query alone"], table)
+    finish("hybrid filters", results)
 
 
 def fill_store(
@@ -179,16 +187,28 @@ def searched(
     lexical: Sequence[Mapping[int, float]],
     exact: list[list[float]],
 ) -> dict[str, float]:
-    """What share of the exact best scores the index finds, and how long it takes."""
+    """What share of the exact best scores the index finds, and how long each step takes."""
     collection, weights = store._collection, store._passages.weights  # noqa: SLF001
-    hits, seconds = 0, []
+    vector = np.ones(8, np.float32)
+    hits, steps = 0, []
     for query, best in zip(queries, exact, strict=True):
-        start = time.perf_counter()
-        found = lexical_best(collection, weights.scores(query), search)
-        seconds.append(time.perf_counter() - start)
+        times = [time.perf_counter()]
+        among = passing(collection, search)
+        times.append(time.perf_counter())
+        Candidates.nearest(collection, vector, search, among)
+        times.append(time.perf_counter())
+        found = weights.scores(query).ranked(search.count, among)
+        times.append(time.perf_counter())
+        Candidates.nearest(collection, vector, search)
+        times.append(time.perf_counter())
+        steps.append(np.diff(times))
         scores = lexical_scores(query, [lexical[int(passage)] for passage in found]).tolist()
         hits += sum(score >= best[-1] - 1e-5 for score in scores[: len(best)]) if best else 0
-    return {"recall": hits / sum(map(len, exact)), "seconds": statistics.median(seconds)}
+    names = ("filter", "dense", "lexical", "dense alone")
+    return {
+        "recall": hits / sum(map(len, exact)),
+        **dict(zip(names, np.median(steps, axis=0).tolist(), strict=True)),
+    }
 
 
 def resident() -> float:

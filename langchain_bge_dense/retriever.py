@@ -15,8 +15,8 @@ from langchain_bge_dense.chroma.search import (
     Candidates,
     Search,
     colbert_scores,
-    lexical_best,
     model_of,
+    passing,
 )
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
@@ -222,10 +222,11 @@ class BGEM3Retriever(BaseRetriever):
         """Dense and lexical candidates with the scores of both signals."""
         vector = encoded.dense[0]  # type: ignore[index]
         collection = self._passages.collection
-        candidates = Candidates.nearest(collection, vector, search)
+        among = None if weights is None else passing(collection, search)
+        candidates = Candidates.nearest(collection, vector, search, among)
         if weights is not None:
             scores = weights.scores(encoded.lexical[0])  # type: ignore[index]
-            candidates.add(collection, lexical_best(collection, scores, search), vector)
+            candidates.add(collection, scores.ranked(search.count, among), vector)
             candidates.scores["lexical"] = scores.of(candidates.ids, candidates.texts)
         for signal, weight in zip(("dense", "lexical"), search.weights[:2], strict=True):
             if signal in candidates.scores:

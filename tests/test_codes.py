@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from langchain_bge_dense import _codes
-from langchain_bge_dense._codes import KINDS, Codec, in_memory, pooled
+from langchain_bge_dense._codes import KINDS, Codec, check_kind, in_memory, pooled
 from langchain_bge_dense._scoring import maxsim_scores
 
 if TYPE_CHECKING:
@@ -158,3 +158,17 @@ def test_texts_fit_into_memory_together(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_codes, "_CHARACTERS", 10)
     found = in_memory([None, "x" * 6, "x" * 10, "x" * 11, "", "x"])
     assert [[len(str(text)) for text in run] for run in found] == [[4, 6], [10], [11], [0, 1]]
+
+
+@pytest.mark.parametrize(("kind", "pooling"), [("4bit", 1), (True, 1), (1, 1), ("1bit", 0)])
+def test_kinds_that_there_are_not(kind: object, pooling: int) -> None:
+    message = (
+        f"^There are no ColBERT codes of colbert={kind!r} and colbert_pooling={pooling}\\. Use"
+    )
+    with pytest.raises(ValueError, match=f"{message} one of '1bit', '2bit', 'int8', and 1 or more"):
+        check_kind(kind, pooling)
+
+
+def test_kinds_that_there_are() -> None:
+    for kind in KINDS:
+        check_kind(kind, 1)

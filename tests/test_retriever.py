@@ -18,7 +18,7 @@ from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense.chroma import index_documents, open_chroma
 from langchain_bge_dense.chroma.companions import Encoded
 from langchain_bge_dense.chroma.records import record
-from langchain_bge_dense.chroma.search import Candidates, Search, lexical_best
+from langchain_bge_dense.chroma.search import Candidates, Search, passing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -294,10 +294,18 @@ def test_lexical_candidates_are_all_that_pass_the_filter(
     exact = np.array([sum(w * row.get(t, 0) for t, w in query.items()) for row in lexical])
     exact[[number % share != 0 for number in range(count)]] = 0
     search = Search("", 4, 50, (0, 1, 0), "standard", {"group": 0}, None)
-    found = lexical_best(passages.collection, passages.weights.scores(query), search)
+    among = passing(passages.collection, search)
+    assert among is not None
+    found = passages.weights.scores(query).ranked(50, among)
     order = np.argsort(-exact, kind="stable")[:50]
     expected = exact[order][exact[order] > 0]
     np.testing.assert_allclose([exact[int(passage)] for passage in found], expected, rtol=1e-5)
+    one, other = (
+        Candidates.nearest(passages.collection, vectors[0], search, given)
+        for given in (None, among)
+    )
+    assert sorted(one.ids) == sorted(other.ids)
+    assert len(one.ids) == min(50, count // share)
 
 
 class TestChangesThroughChroma:

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from langchain_bge_dense._engine.outputs import M3Encoding
     from langchain_bge_dense._scoring import Fusion
     from langchain_bge_dense.chroma.colbert import ColbertCodes
-    from langchain_bge_dense.chroma.lexical import LexicalScores, LexicalWeights
+    from langchain_bge_dense.chroma.lexical import LexicalWeights
     from langchain_bge_dense.chroma.passages import Passages
 
 _SMALLEST = np.float32(1e-12)  # of what is divided by
+_MOST_IDS = 100_000  # of one request, which a server takes up to 40 MiB of
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,13 @@ def model_of(store: object, embeddings: BGEM3Embeddings | None = None) -> BGEM3E
     return model
 
 
-def lexical_best(collection: Collection, scores: LexicalScores, search: Search) -> list[str]:
-    """Ids of the passages with the highest lexical scores that pass the filters.
+def passing(collection: Collection, search: Search) -> list[str] | None:
+    """Ids of all passages that pass the filters; None: there are no filters.
 
-    Args:
-        collection: Of the passages.
-        scores: Of all of them.
-        search: How many, and the filters.
+    Chroma takes most of a query's time to find them. Of given ids it tells the ones that pass 50
+    times as slowly: it compares each with all that pass.
     """
-    best = scores.ranked(search.count)
-    if not best or not search.filters:
-        return best
-    # All that pass: of given ids alone Chroma takes 50 times as long, each against all that pass.
-    return scores.ranked(search.count, among=collection.get(include=[], **search.filters)["ids"])
+    return collection.get(include=[], **search.filters)["ids"] if search.filters else None
 
 
 @dataclass
@@ -116,19 +111,27 @@ class Candidates:
     scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @classmethod
-    def nearest(cls, collection: Collection, vector: NDArray[np.float32], search: Search) -> Self:
+    def nearest(
+        cls,
+        collection: Collection,
+        vector: NDArray[np.float32],
+        search: Search,
+        among: list[str] | None = None,
+    ) -> Self:
         """The passages with the nearest dense vectors.
 
         Args:
             collection: In cosine space.
             vector: The query's, `(D,)`.
             search: How many, and the filters.
+            among: What `passing` gave, if it was asked for.
         """
+        known: Any = {"ids": among} if among and len(among) <= _MOST_IDS else search.filters
         found: Any = collection.query(
             query_embeddings=[vector],  # type: ignore[arg-type]
             n_results=search.count,
             include=["documents", "metadatas", "distances"],
-            **search.filters,
+            **known,
         )
         columns = (found[name][0] for name in ("ids", "documents", "metadatas", "distances"))
         # A passage without a text was deleted since the index was read.
