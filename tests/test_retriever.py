@@ -300,11 +300,11 @@ def test_lexical_candidates_are_all_that_pass_the_filter(
     order = np.argsort(-exact, kind="stable")[:50]
     expected = exact[order][exact[order] > 0]
     np.testing.assert_allclose([exact[int(passage)] for passage in found], expected, rtol=1e-5)
-    one, other = (
+    one, other, deleted = (
         Candidates.nearest(passages.collection, vectors[0], search, given)
-        for given in (None, among)
+        for given in (None, among, [*among, "deleted meanwhile"])
     )
-    assert sorted(one.ids) == sorted(other.ids)
+    assert sorted(one.ids) == sorted(other.ids) == sorted(deleted.ids)
     assert len(one.ids) == min(50, count // share)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from chromadb.errors import InternalError
 from langchain_core.documents import Document
 
 from langchain_bge_dense._scoring import dense_scores, maxsim_scores, scaled, score_key
@@ -126,13 +127,20 @@ class Candidates:
             search: How many, and the filters.
             among: What `passing` gave, if it was asked for.
         """
-        known: Any = {"ids": among} if among and len(among) <= _MOST_IDS else search.filters
-        found: Any = collection.query(
-            query_embeddings=[vector],  # type: ignore[arg-type]
-            n_results=search.count,
-            include=["documents", "metadatas", "distances"],
-            **known,
-        )
+
+        def query(**which: Any) -> Any:
+            return collection.query(
+                query_embeddings=[vector],  # type: ignore[arg-type]
+                n_results=search.count,
+                include=["documents", "metadatas", "distances"],
+                **which,
+            )
+
+        few = among if among and len(among) <= _MOST_IDS else None
+        try:
+            found = query(ids=few) if few else query(**search.filters)
+        except InternalError:  # an id was deleted meanwhile
+            found = query(**search.filters)
         columns = (found[name][0] for name in ("ids", "documents", "metadatas", "distances"))
         # A passage without a text was deleted since the index was read.
         rows = [row for row in zip(*columns, strict=True) if row[1] is not None]
