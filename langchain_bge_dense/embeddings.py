@@ -58,6 +58,10 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     methods may be called from any thread or event loop. With `base_url` a server of
     `langchain_bge_dense.serve` has the model, and nothing is loaded here.
 
+    All methods that take texts raise `TypeError` for what is not a string, `ValueError` for a text
+    that cannot be encoded or is too long with `on_truncate="raise"`, and `FloatingPointError` for
+    an output that is non-finite in float32, too. These errors name the text by its index.
+
     Example:
         >>> from langchain_bge_dense import BGEM3Embeddings
         >>> embeddings = BGEM3Embeddings(model=checkpoint)
@@ -192,11 +196,6 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         Returns:
             N dense vectors of Python floats.
 
-        Raises:
-            TypeError: An item is not a string; the error names its index.
-            ValueError: A text cannot be encoded, or is too long with `on_truncate="raise"`.
-            FloatingPointError: A vector is non-finite, in float32 too.
-
         Example:
             >>> embeddings = BGEM3Embeddings(model=checkpoint)
             >>> vectors = embeddings.embed_documents(["a passage", "another"])
@@ -216,11 +215,6 @@ class BGEM3Embeddings(BaseModel, Embeddings):
 
         Returns:
             Its dense vector of Python floats.
-
-        Raises:
-            TypeError: `text` is not a string.
-            ValueError: It cannot be encoded, or is too long with `on_truncate="raise"`.
-            FloatingPointError: The vector is non-finite, in float32 too.
 
         Example:
             >>> vector = BGEM3Embeddings(model=checkpoint).embed_query("what is a vector?")
@@ -249,12 +243,8 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             texts: Passages; up to two requests of 2,048 are read ahead of what is taken.
 
         Returns:
-            An iterator of dense vectors, each `(D,)` float32, in the order of the passages.
-
-        Raises:
-            TypeError: An item is not a string; vectors of earlier requests have come by then.
-            ValueError: A text cannot be encoded, or is too long with `on_truncate="raise"`.
-            FloatingPointError: A vector is non-finite, in float32 too.
+            An iterator of dense vectors, each `(D,)` float32, in the order of the passages. An
+            error comes after the vectors of earlier requests.
 
         Example:
             >>> embeddings = BGEM3Embeddings(model=checkpoint)
@@ -286,10 +276,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             The outputs that were asked for, with token counts and what was truncated.
 
         Raises:
-            TypeError: An item is not a string; the error names its index.
-            ValueError: No output is asked for, the checkpoint has no heads for it, a text cannot be
-                encoded, or is too long with `on_truncate="raise"`.
-            FloatingPointError: An output is non-finite, in float32 too.
+            ValueError: No output is asked for, or the checkpoint has no heads for it.
 
         Example:
             >>> encoding = BGEM3Embeddings(model=checkpoint).encode(["a passage"], lexical=True)
