@@ -196,8 +196,8 @@ def check_kind(kind: object, pooling: int) -> None:
         raise ValueError(msg)
 
 
-def in_memory(texts: Sequence[Any]) -> Iterator[list[Any]]:
-    """Texts in runs whose ColBERT vectors fit into memory together; what is no text counts too."""
+def colbert_windows(texts: Sequence[Any]) -> Iterator[list[Any]]:
+    """Texts in windows whose ColBERT vectors fit into memory; what is no text counts, too."""
     return windows(texts, lambda text: len(str(text)), _CHARACTERS)
 
 

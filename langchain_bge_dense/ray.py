@@ -21,7 +21,7 @@ except ImportError as error:
     )
     raise ImportError(msg, name=error.name) from error
 
-from langchain_bge_dense._codes import Codec, Kind, check_kind, in_memory
+from langchain_bge_dense._codes import Codec, Kind, check_kind, colbert_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -157,7 +157,7 @@ class _Embedder:
         text, vector, lexical, error, colbert = self._columns
         given = text in table.column_names  # a file of many may lack the column
         texts = table.column(text).to_pylist() if given else [None] * len(table)
-        parts = in_memory(texts) if self._codec else [texts]
+        parts = colbert_windows(texts) if self._codec else [texts]
         rows = [row for part in parts for row in self._encode(part)]
         table = table.append_column(vector, pa.array([row.vector for row in rows], _VECTOR))
         if lexical is not None:

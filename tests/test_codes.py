@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from langchain_bge_dense import _codes
-from langchain_bge_dense._codes import KINDS, Codec, check_kind, in_memory, pooled
+from langchain_bge_dense._codes import KINDS, Codec, check_kind, colbert_windows, pooled
 from langchain_bge_dense._scoring import maxsim_scores
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def test_a_models_codec_is_the_same_wherever_it_is_made(tiny: BGEM3Embeddings) -
 
 def test_texts_fit_into_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_codes, "_CHARACTERS", 10)
-    found = in_memory([None, "x" * 6, "x" * 10, "x" * 11, "", "x"])
+    found = colbert_windows([None, "x" * 6, "x" * 10, "x" * 11, "", "x"])
     assert [[len(str(text)) for text in run] for run in found] == [[4, 6], [10], [11], [0, 1]]
 
 

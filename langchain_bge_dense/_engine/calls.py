@@ -305,11 +305,12 @@ def windows(
     window: list[T] = []
     taken = 0
     for item in items:
-        if len(window) == most or (window and taken + size(item) > room):
+        length = size(item)
+        if len(window) == most or (window and taken + length > room):
             yield window
             window, taken = [], 0
         window.append(item)
-        taken += size(item)
+        taken += length
     if window:
         yield window
 

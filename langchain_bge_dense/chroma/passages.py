@@ -12,7 +12,7 @@ import numpy as np
 from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
-from langchain_bge_dense._codes import Codec, check_kind, in_memory
+from langchain_bge_dense._codes import Codec, check_kind, colbert_windows
 from langchain_bge_dense.chroma.colbert import ColbertCodes
 from langchain_bge_dense.chroma.collection import (
     COLBERT,
@@ -66,7 +66,7 @@ class Kept(NamedTuple):
             ValueError: There are no such codes.
         """
         kind: Any = "1bit" if colbert is True else colbert
-        check_kind(kind or "1bit", pooling)
+        check_kind("1bit" if kind is None or kind is False else kind, pooling)
         return cls(lexical, kind, pooling)
 
     def check(self, embeddings: Embeddings) -> None:
@@ -271,7 +271,7 @@ class Passages:
         codec = self.codec(create=True)
         kept = self.lexical or codec is not None
         if isinstance(model, BGEM3Embeddings) and (kept or model is self.embeddings):
-            parts = in_memory(texts) if codec else [texts]
+            parts = colbert_windows(texts) if codec else [texts]
             return Encoded.joined([self._encoded(model, part, codec, dense) for part in parts])
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused as non-finite
             vectors = np.asarray(self.embeddings.embed_documents(list(texts)), np.float32)  # (N, D)
@@ -362,8 +362,9 @@ class Passages:
             if lacking:
                 own = [texts[p] for p in lacking]
                 encoded = self.encode(own, dense=False)
-                for companion in self.kept:
-                    companion.add(lacking, own, encoded)
+                for companion, found in zip(self.kept, present, strict=True):
+                    if not found.issuperset(lacking):
+                        companion.add(lacking, own, encoded)
             added += len(lacking)
         return added
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,20 +129,7 @@ class Candidates:
             search: How many, and the filters.
             among: What `passing` gave, if it was asked for.
         """
-
-        def query(**which: Any) -> Any:
-            return collection.query(
-                query_embeddings=[vector],  # type: ignore[arg-type]
-                n_results=search.count,
-                include=["documents", "metadatas", "distances"],
-                **which,
-            )
-
-        few = among if among and len(among) <= _MOST_IDS else None
-        try:
-            found = query(ids=few) if few else query(**search.filters)
-        except InternalError:  # an id was deleted meanwhile
-            found = query(**search.filters)
+        found = _query(collection, vector, search, among)
         columns = (found[name][0] for name in ("ids", "documents", "metadatas", "distances"))
         # A passage without a text was deleted since the index was read.
         rows = [row for row in zip(*columns, strict=True) if row[1] is not None]
@@ -201,6 +190,25 @@ class Candidates:
                 zip(self.ids, self.texts, self.metadatas, strict=True)
             )
         ]
+
+
+def _query(
+    collection: Collection,
+    vector: NDArray[np.float32],
+    search: Search,
+    among: list[str] | None,
+) -> Any:
+    """Chroma's answer about the nearest passages; ids that are known spare it the filters."""
+    query: Any = partial(
+        collection.query,
+        query_embeddings=[vector],  # type: ignore[arg-type]
+        n_results=search.count,
+        include=["documents", "metadatas", "distances"],
+    )
+    if among and len(among) <= _MOST_IDS:
+        with contextlib.suppress(InternalError):  # one of them was deleted meanwhile
+            return query(ids=among)
+    return query(**search.filters)
 
 
 def colbert_scores(

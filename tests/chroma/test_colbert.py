@@ -245,7 +245,14 @@ class TestWhatTheCollectionKeeps:
             assert kept(store, dict(zip(IDS, TEXTS, strict=True))) == {*IDS}
 
     @pytest.mark.parametrize(
-        "options", [{"colbert": "4bit"}, {"colbert": True, "colbert_pooling": 0}]
+        "options",
+        [
+            {"colbert": "4bit"},
+            {"colbert": ""},
+            {"colbert": 1},
+            {"colbert": True, "colbert_pooling": 0},
+            {"colbert_pooling": 0},
+        ],
     )
     def test_other_ways_are_refused(self, tiny: BGEM3Embeddings, options: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="There are no ColBERT codes of"):
@@ -286,6 +293,19 @@ def test_vectors_computed_elsewhere_bring_their_codes(tiny: BGEM3Embeddings, ope
                 [(Document("new"), encoding.dense[0], wrong)],
                 fingerprint=tiny.fingerprint,
             )
+
+
+def test_codes_that_are_there_are_not_computed_again(tiny: BGEM3Embeddings, opened: Open) -> None:
+    codec = Codec.of(tiny, "1bit")
+    encoding = tiny.encode(TEXTS, colbert=True)
+    codes = [codec.compress(-vectors) for vectors in encoding.colbert]  # none that it would compute
+    documents = [Document(t, id=i) for i, t in zip(IDS, TEXTS, strict=True)]
+    with opened(lexical=True, colbert=True) as store:
+        rows = zip(documents, encoding.dense, codes, strict=True)
+        index_vectors(store, rows, fingerprint=tiny.fingerprint)
+        assert store.add_missing() == 4
+        assert store.add_missing() == 0
+        assert store._passages.codes.read(IDS, TEXTS) == dict(zip(IDS, codes, strict=True))
 
 
 def test_in_a_folder_they_take_what_their_bits_take(tiny: BGEM3Embeddings, tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ def test_types_that_chroma_cannot_store(value):
     "value", [math.nan, math.inf, [1.0, math.nan], 2**63, -(2**63) - 1, [2**63]], ids=repr
 )
 def test_numbers_that_chroma_cannot_store(value):
-    with pytest.raises(ValueError, match=r"'key' = .* cannot store\. Use finite floats .*str\.$"):
+    message = r"^Document 3 has the metadata 'key' = .* cannot store\. Use finite floats .*str\.$"
+    with pytest.raises(ValueError, match=message):
         record(Document("text", metadata={"key": value}), 3)
 
 
