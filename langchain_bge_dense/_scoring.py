@@ -73,7 +73,7 @@ def dense_scores(query: NDArray[np.float32], passages: NDArray[np.float32]) -> N
 def product(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
     """`a @ b`, where there is a model in this process by the threads that run it.
 
-    NumPy's own threads spin for some 25 ms after a product, on the cores that the next query needs.
+    NumPy's own threads spin on after a product, on the cores that the next query needs.
     """
     torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "from_numpy"):
