@@ -56,9 +56,10 @@ def compact(store: BGEM3Chroma) -> CompactResult:
 
     The vector index is built again without deleted vectors, lexical weights are written without
     those of deleted passages, and the database gives back its free space: neither texts nor vectors
-    of deleted passages are in any file afterwards. It takes as long as `index_vectors` of the same
-    passages, and room for a second copy. Killed at any moment it leaves the old collection or the
-    new one. The collection's id changes; stores that are open follow by themselves.
+    of deleted passages are in any file afterwards, nor their words in Chroma's full-text index. It
+    takes as long as `index_vectors` of the same passages, and room for a second copy. Killed at any
+    moment it leaves the old collection or the new one. The collection's id changes; stores that are
+    open follow by themselves.
 
     Args:
         store: A store of `open_chroma`.

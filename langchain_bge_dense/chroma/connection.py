@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import weakref
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 from chromadb.config import Settings
@@ -20,12 +20,11 @@ from tenacity import (
     wait_exponential,
 )
 
-from langchain_bge_dense.chroma.collection import local_client
+from langchain_bge_dense.chroma.collection import cosine_configuration, local_client
 from langchain_bge_dense.chroma.recovery import folder_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any
 
     from chromadb.api import ClientAPI
     from chromadb.api.models.Collection import Collection
@@ -134,7 +133,10 @@ class Connection:
         """A collection by its name, read from the disk; None: it does not exist."""
         found = self._find(name) or self._complete_copy(name)
         if found is None and create:
-            found = self.client.get_or_create_collection(name, embedding_function=None)
+            configuration: Any = cosine_configuration(None)
+            found = self.client.get_or_create_collection(
+                name, configuration=configuration, embedding_function=None
+            )
         if self.folder and found is not None:
             self.folder.load(found)
         return found

@@ -4,10 +4,14 @@ Chroma persists an index in place: header, changed elements of level 0, changed 
 levels, then a pickle of ids. The first and the last two are small, and a backup holds them. Level 0
 holds the vectors, is large, and needs no backup: all that an unfinished write can do there is to
 link elements to others that the old header does not count. Such links are removed.
+
+When Chroma makes an index, it writes the memory that it has reserved for the first elements as it
+is: with what was there before, texts and vectors of anything among it. That is cut off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 HEADER, LEVEL_0, UPPER_LEVELS = "header.bin", "data_level0.bin", "link_lists.bin"
+LENGTHS = "length.bin"  # of the vectors, a float32 each
 IDS = "index_metadata.pickle"
 _VERSION = 1
 _HEADER = struct.Struct("<i6QiI3QdQ")
@@ -139,6 +144,20 @@ def restore(index: Path, backup: Path) -> None:
             (index / f"{name}.new").replace(index / name)
         (ids / IDS).replace(index / IDS)
     shutil.rmtree(backup)
+
+
+def trim(index: Path) -> None:
+    """Cut off what the files of an index hold beyond its elements; damaged ones stay as they are.
+
+    Args:
+        index: Folder of the index, of cosine distance: for others Chroma writes lengths that it has
+            not set.
+    """
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        header = Header.read(index)
+        for name, size in ((LEVEL_0, header.element_size), (LENGTHS, 4)):
+            if (index / name).stat().st_size > header.elements * size:
+                os.truncate(index / name, header.elements * size)
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -59,6 +59,10 @@ _TEXTS = """
     SELECT count(*) FROM embeddings AS e JOIN segments AS s ON e.segment_id = s.id
     WHERE s.scope = 'METADATA' AND s.collection = ?
 """
+# Deletes only mark words in an FTS5 index: https://sqlite.org/fts5.html#the_optimize_command
+_FORGET_WORDS = """
+    INSERT INTO embedding_fulltext_search(embedding_fulltext_search) VALUES ('optimize')
+"""
 
 
 class Segment(NamedTuple):
@@ -207,10 +211,13 @@ class Folder:
     def vacuum(self) -> None:
         """Give back the space of what was deleted: rows, and folders of deleted collections."""
         with self.exclusive(), self._database() as database:
+            database.execute(_FORGET_WORDS)
             database.execute("VACUUM")
             known = {name for [name] in database.execute("SELECT id FROM segments")}
             for index in self.real.glob(f"*/{hnsw.HEADER}"):
-                if index.parent.name not in known:
+                if index.parent.name in known:
+                    hnsw.trim(index.parent)
+                else:
                     shutil.rmtree(index.parent)
 
     def size(self) -> int:
@@ -222,17 +229,22 @@ class Folder:
         """A backup of the index while a call may make Chroma persist it."""
         settings = collection.configuration_json.get("hnsw") or {}
         segment = self._segment(collection)
-        if segment is None or segment.pending + records < settings.get("sync_threshold", 1_000):
+        if segment is None:
             yield
             return
         index = self.real / segment.name
-        backup = self.real / f"{segment.name}.{segment.persisted}{_BACKUP}"
-        if loaded:
-            collection.get(limit=1, include=["embeddings"])  # in case Chroma has let go of it
-        if not backup.exists():  # otherwise the index was persisted in part, and in vain
-            hnsw.back_up(index, backup, loaded=loaded)
-        yield
-        hnsw.drop_backup(index, backup)  # after an error it stays, for the next process
+        if segment.pending + records < settings.get("sync_threshold", 1_000):
+            yield
+        else:
+            backup = self.real / f"{segment.name}.{segment.persisted}{_BACKUP}"
+            if loaded:
+                collection.get(limit=1, include=["embeddings"])  # in case Chroma has let go of it
+            if not backup.exists():  # otherwise the index was persisted in part, and in vain
+                hnsw.back_up(index, backup, loaded=loaded)
+            yield
+            hnsw.drop_backup(index, backup)  # after an error it stays, for the next process
+        if not segment.persisted:
+            hnsw.trim(index)  # it may have been made just now
 
     def _recover(self) -> None:
         """Restore indexes that were not persisted to their end."""

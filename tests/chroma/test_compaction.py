@@ -8,13 +8,14 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import chromadb
 import numpy as np
 import pytest
 from hashed_embeddings import HashedEmbeddings
 from langchain_core.documents import Document
 
 from langchain_bge_dense import BGEM3Retriever
-from langchain_bge_dense.chroma import compact, index_documents, open_chroma
+from langchain_bge_dense.chroma import compact, hnsw, index_documents, open_chroma
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,6 +75,60 @@ def test_nothing_of_a_deleted_passage_is_in_any_file(tiny, tmp_path):
     assert store._passages.weights.collection().count() == 1
     index_documents(store, [Document("more")])
     assert len(store._passages.weights.collection().get()["ids"]) == 2
+
+
+def test_words_of_deleted_passages_leave_the_full_text_index(tmp_path):
+    words = np.random.default_rng(0).choice(list("abcdefghijklm"), (300, 60, 6))
+    kept = [Document(" ".join(map("".join, text))) for text in words]
+    deleted = [f"{chr(0x4E00 + n)}{chr(0x5E00 + n)}{chr(0x6E00 + n)}" for n in range(30)]
+    with open_chroma(HashedEmbeddings(), persist_directory=tmp_path) as store:
+        index_documents(store, [Document(text, id=text) for text in deleted] + kept)
+        store.delete(deleted)
+        compact(store)
+        content = (tmp_path / "chroma.sqlite3").read_bytes()
+        # FTS5 writes a word without what it shares with the one before it.
+        assert not [text for text in deleted if text.encode()[3:] in content]
+        assert len(store.get(where_document={"$contains": kept[0].page_content})["ids"]) == 1
+
+
+def room(folder: Path) -> dict[str, int]:
+    """Bytes in the files of vector indexes beyond those of their elements."""
+    beyond = {}
+    for index in (file.parent for file in folder.glob(f"*/{hnsw.HEADER}")):
+        header = hnsw.Header.read(index)
+        for name, size in ((hnsw.LEVEL_0, header.element_size), (hnsw.LENGTHS, 4)):
+            surplus = (index / name).stat().st_size - header.elements * size
+            beyond[f"{index.name}/{name}"] = surplus
+    return beyond
+
+
+@pytest.mark.parametrize("threshold", [3, 1_000])
+def test_no_memory_of_the_process_is_in_the_files(tiny, tmp_path, threshold):
+    configuration = {"hnsw": {"sync_threshold": threshold, "batch_size": 2}}
+    options = {"persist_directory": tmp_path, "collection_configuration": configuration}
+    with open_chroma(tiny, lexical=True, **options) as store:
+        store.add_texts(["one", "two", "three", "four"])
+        assert list(room(tmp_path).values()) == [0] * 4
+        compact(store)
+        assert list(room(tmp_path).values()) == [0] * 4
+    with open_chroma(tiny, persist_directory=tmp_path) as store:  # Chroma makes small ones anew
+        assert len(store.similarity_search("two", k=9)) == 4
+        store.add_texts(["five", "six"])
+        assert list(room(tmp_path).values()) == [0] * 4
+    with open_chroma(tiny, persist_directory=tmp_path) as store:
+        assert len(store.similarity_search("two", k=9)) == 6
+
+
+def test_what_plain_chroma_wrote_beyond_its_elements_goes_too(tmp_path):
+    client = chromadb.PersistentClient(os.fspath(tmp_path))
+    plain = client.create_collection("plain", embedding_function=None)
+    plain.add(ids=["a"], embeddings=[[1.0, 2.0]], documents=["a text"])
+    assert min(room(tmp_path).values()) > 0
+    client.close()
+    with open_chroma(HashedEmbeddings(), persist_directory=tmp_path) as store:
+        assert min(room(tmp_path).values()) > 0
+        compact(store)
+    assert list(room(tmp_path).values()) == [0] * 2
 
 
 def test_documents_without_metadata_and_an_empty_store(tmp_path):
