@@ -227,7 +227,7 @@ class BGEM3Retriever(BaseRetriever):
         if weights is not None:
             scores = weights.scores(encoded.lexical[0])  # type: ignore[index]
             candidates.add(collection, scores.ranked(search.count, among), vector)
-            candidates.scores["lexical"] = scores.of(candidates.ids, candidates.texts)
+            candidates.scores["lexical"] = scores.of(candidates.keys)
         for signal, weight in zip(("dense", "lexical"), search.weights[:2], strict=True):
             if signal in candidates.scores:
                 candidates.fuse(signal, weight, search.fusion)
@@ -237,7 +237,7 @@ class BGEM3Retriever(BaseRetriever):
         """Score candidates by MaxSim too."""
         vectors = encoded.colbert[0]  # type: ignore[index]
         scores, lacking = colbert_scores(
-            self._passages, self._model, vectors, candidates.ids, candidates.texts
+            self._passages, self._model, vectors, candidates.keys, candidates.texts
         )
         if lacking and self._passages.colbert:
             what = "ColBERT codes: theirs were computed now"

@@ -17,6 +17,7 @@ from ray_process import BAD, BLOCKS, FATAL, TEXTS
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense._codes import Codec
 from langchain_bge_dense.chroma import index_documents, index_vectors, open_chroma
+from langchain_bge_dense.chroma.companions import key_of
 from langchain_bge_dense.ray import _check, _Columns, _Embedder, embed_dataset
 
 SCRIPT = Path(__file__).with_name("ray_process.py")
@@ -79,13 +80,13 @@ def test_codes_are_those_that_a_collection_would_compute(rows, tiny):
     embedded = zip(documents, vectors, codes, strict=True)
     index_vectors(stores[1], embedded, fingerprint=tiny.fingerprint)
     assert stores[1].add_missing() == 0
-    ids = [document.id for document in documents]
-    computed, given = (store._passages.codes.read(ids, ids) for store in stores)
-    assert given == dict(zip(ids, codes, strict=True))
+    keys = [key_of(document.id, document.page_content) for document in documents]
+    computed, given = (store._passages.codes.read(keys) for store in stores)
+    assert given == dict(zip(keys, codes, strict=True))
     codec = stores[0]._passages.codec()
     differing = 0
-    for passage in ids:
-        ours, theirs = codec.decompress(given[passage]), codec.decompress(computed[passage])
+    for key in keys:
+        ours, theirs = codec.decompress(given[key]), codec.decompress(computed[key])
         differing += np.count_nonzero(np.abs(ours - theirs) > 0.01)
     assert differing < 1e-3 * sum(codec.decompress(code).size for code in codes)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import sqlite3
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.utils.iter import batch_iterate
 
@@ -18,11 +18,10 @@ from langchain_bge_dense.chroma.companions import (
     CollectionCompanion,
     Companion,
     no_vectors,
-    text_hash,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from chromadb import Collection
@@ -35,15 +34,8 @@ _REQUEST_BYTES = 1 << 24  # of codes; a server takes 40 MiB, where Base64 has ma
 # Long values fill pages of SQLite's smallest useful size to the end.
 _SCHEMA = """
     PRAGMA page_size = 1024;
-    CREATE TABLE IF NOT EXISTS passages (id TEXT PRIMARY KEY, text TEXT, codes BLOB);
+    CREATE TABLE IF NOT EXISTS passages (key TEXT PRIMARY KEY, codes BLOB);
 """
-
-
-class Stored(NamedTuple):
-    """What is stored of a passage."""
-
-    text: str  # hash
-    codes: bytes
 
 
 class ColbertCodes(Companion):
@@ -56,77 +48,61 @@ class ColbertCodes(Companion):
         """The codes of a store's passages, wherever its Chroma is."""
         return (CodesInFolder if connection.folder else CodesInCollection)(connection, uid)
 
-    def present(self, ids: Sequence[str], texts: Sequence[str]) -> set[str]:
-        """Ids of the passages that have codes of their texts."""
-        return set(self._of_texts(ids, texts, codes=False))
+    def present(self, keys: Sequence[str]) -> set[str]:
+        """Those of the passages that have codes."""
+        return set(self._read(keys, codes=False))
 
-    def read(self, ids: Sequence[str], texts: Sequence[str]) -> dict[str, bytes]:
-        """Codes by id; a passage whose text has changed has none.
+    def read(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """Codes of those passages that have any."""
+        return self._read(keys, codes=True)
 
-        Args:
-            ids: Of passages.
-            texts: Theirs, as they are now.
-        """
-        found = self._of_texts(ids, texts, codes=True)
-        return {passage: stored.codes for passage, stored in found.items()}
+    def _read(self, keys: Sequence[str], *, codes: bool) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        for page in batch_iterate(_PAGE, keys):
+            found |= self._find(page, codes=codes)
+        return found
 
-    def _of_texts(
-        self, ids: Sequence[str], texts: Sequence[str], *, codes: bool
-    ) -> dict[str, Stored]:
-        hashes = dict(zip(ids, map(_hash, texts), strict=True))
-        stored: dict[str, Stored] = {}
-        for page in batch_iterate(_PAGE, ids):
-            stored |= self._find(page, codes=codes)
-        return {p: found for p, found in stored.items() if found.text == hashes[p]}
-
-    def add(self, ids: Sequence[str], texts: Sequence[str], encoded: Encoded) -> None:
+    def add(self, keys: Sequence[str], encoded: Encoded) -> None:
         """Write the codes of passages."""
         if encoded.colbert is not None:
-            hashes = map(_hash, texts)
-            rows = map(Stored, hashes, encoded.colbert)
-            self._write(dict(zip(ids, rows, strict=True)))
+            self._write(dict(zip(keys, encoded.colbert, strict=True)))
 
-    def _find(self, ids: Sequence[str], *, codes: bool = True) -> dict[str, Stored]:
+    def _find(self, keys: Sequence[str], *, codes: bool = True) -> dict[str, bytes]:
         raise NotImplementedError
 
-    def _write(self, rows: Mapping[str, Stored]) -> None:
+    def _write(self, rows: Mapping[str, bytes]) -> None:
         raise NotImplementedError
 
 
 class CodesInFolder(ColbertCodes):
     """A SQLite database in the folder of a local Chroma."""
 
-    def _find(self, ids: Sequence[str], *, codes: bool = True) -> dict[str, Stored]:
+    def _find(self, keys: Sequence[str], *, codes: bool = True) -> dict[str, bytes]:
         with self._database() as database:
             if database is None:
                 return {}
-            columns = "id, text, codes" if codes else "id, text, x''"
-            marks = ", ".join("?" * len(ids))
-            query = f"SELECT {columns} FROM passages WHERE id IN ({marks})"  # noqa: S608
-            return {row[0]: Stored(*row[1:]) for row in database.execute(query, list(ids))}
+            columns = "key, codes" if codes else "key, x''"
+            marks = ", ".join("?" * len(keys))
+            query = f"SELECT {columns} FROM passages WHERE key IN ({marks})"  # noqa: S608
+            return dict(database.execute(query, list(keys)))
 
-    def _write(self, rows: Mapping[str, Stored]) -> None:
+    def _write(self, rows: Mapping[str, bytes]) -> None:
         with self._database(create=True) as database:
-            database.executemany(
-                "INSERT OR REPLACE INTO passages VALUES (?, ?, ?)",
-                ((passage, *stored) for passage, stored in rows.items()),
-            )
+            database.executemany("INSERT OR REPLACE INTO passages VALUES (?, ?)", rows.items())
 
-    def remove(self, ids: Sequence[str]) -> None:
+    def remove(self, keys: Sequence[str]) -> None:
         """Delete the codes of passages."""
         with self._database() as database:
             if database is not None:
-                rows = ((passage,) for passage in ids)
-                database.executemany("DELETE FROM passages WHERE id = ?", rows)
+                _delete(database, keys)
 
-    def compact(self, ids: Sequence[str], replace: Replace) -> None:  # noqa: ARG002
+    def compact(self, keys: Sequence[str], replace: Replace) -> None:  # noqa: ARG002
         """Delete the codes of all other passages, and the space that they took."""
         with self._database() as database:
             if database is None:
                 return
-            stored = {row[0] for row in database.execute("SELECT id FROM passages")}
-            gone = ((passage,) for passage in stored - set(ids))
-            database.executemany("DELETE FROM passages WHERE id = ?", gone)
+            stored = {key for [key] in database.execute("SELECT key FROM passages")}
+            _delete(database, stored - set(keys))
             database.commit()
             database.execute("VACUUM")
 
@@ -160,41 +136,38 @@ class CodesInFolder(ColbertCodes):
 class CodesInCollection(CollectionCompanion, ColbertCodes):
     """A second collection of the same database."""
 
-    def _find(self, ids: Sequence[str], *, codes: bool = True) -> dict[str, Stored]:  # noqa: ARG002
+    def _find(self, keys: Sequence[str], *, codes: bool = True) -> dict[str, bytes]:  # noqa: ARG002
         collection = self.collection()
         if collection is None:
             return {}
-        found: Any = collection.get(ids=list(ids), include=["metadatas"])
+        found: Any = collection.get(ids=list(keys), include=["metadatas"])
         entries = zip(found["ids"], found["metadatas"], strict=True)
-        return {
-            passage: Stored(entry["text"], base64.b64decode(entry["codes"]))
-            for passage, entry in entries
-        }
+        return {key: base64.b64decode(entry["codes"]) for key, entry in entries}
 
-    def _write(self, rows: Mapping[str, Stored]) -> None:
+    def _write(self, rows: Mapping[str, bytes]) -> None:
         for page in _pages(rows):
-            self._upsert(list(page), [_entry(stored) for stored in page.values()])
+            self._upsert(list(page), list(map(_entry, page.values())))
 
-    def remove(self, ids: Sequence[str]) -> None:
+    def remove(self, keys: Sequence[str]) -> None:
         """Delete the codes of passages."""
-        self._delete(ids)
+        self._delete(keys)
 
-    def write_compact(self, target: Collection, ids: Sequence[str]) -> None:
+    def write_compact(self, target: Collection, keys: Sequence[str]) -> None:
         """Write the codes of passages that are stored."""
-        for page in batch_iterate(_PAGE, ids):
+        for page in batch_iterate(_PAGE, keys):
             for rows in _pages(self._find(page)):
-                entries: Any = [_entry(stored) for stored in rows.values()]
+                entries: Any = list(map(_entry, rows.values()))
                 target.upsert(ids=list(rows), embeddings=no_vectors(len(rows)), metadatas=entries)
 
 
-def _pages(rows: Mapping[str, Stored]) -> Iterator[dict[str, Stored]]:
+def _pages(rows: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
     """Rows in order, as many at once as a server takes."""
-    return map(dict, windows(rows.items(), lambda row: len(row[1].codes), _REQUEST_BYTES))
+    return map(dict, windows(rows.items(), lambda row: len(row[1]), _REQUEST_BYTES))
 
 
-def _hash(text: str) -> str:
-    return f"{text_hash(text):016x}"
+def _entry(codes: bytes) -> dict[str, str]:
+    return {"codes": base64.b64encode(codes).decode()}
 
 
-def _entry(stored: Stored) -> dict[str, str]:
-    return {"text": stored.text, "codes": base64.b64encode(stored.codes).decode()}
+def _delete(database: sqlite3.Connection, keys: Iterable[str]) -> None:
+    database.executemany("DELETE FROM passages WHERE key = ?", ((key,) for key in keys))

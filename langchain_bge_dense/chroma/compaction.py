@@ -86,8 +86,9 @@ def compact(store: BGEM3Chroma) -> CompactResult:
     collection = passages.collection
     with folder.named_errors() if folder else contextlib.nullcontext():
         ids = collection.get(include=[])["ids"]
+        keys = [key for page in batch_iterate(_PAGE, ids) for key in passages.keys(page)]
         for companion in passages.companions:
-            companion.compact(ids, partial(_replace, connection))
+            companion.compact(keys, partial(_replace, connection))
         _replace(connection, collection, lambda copy: _copy(collection, copy, ids))
     connection.reopen()
     if folder:

@@ -2,8 +2,9 @@
 
 Most kinds are a second collection of the same database, so that they work wherever Chroma does and
 stay out of everybody's metadata. The store keeps all kinds in step with its documents: `add` comes
-before a passage is stored and `remove` after it is deleted, so that a process killed in between
-leaves entries too many, which do no harm, and never too few.
+before a passage is stored, and `remove` after it is deleted or has another text. Keys name passage
+and text, so that a process killed in between leaves entries too many, which do no harm, and never
+too few.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     Replace = Callable[[Collection, Callable[[Collection], None]], None]
 
 _PAGE = 1_000  # passages looked up at once
+_HASH = 16  # characters of a key behind the id
 
 
 class Encoded(NamedTuple):
@@ -81,19 +83,19 @@ class Companion(ABC):
         self.name = f"{uid}.{self.kind}"
 
     @abstractmethod
-    def add(self, ids: Sequence[str], texts: Sequence[str], encoded: Encoded) -> None:
+    def add(self, keys: Sequence[str], encoded: Encoded) -> None:
         """Write what belongs to passages, before they are stored."""
 
     @abstractmethod
-    def remove(self, ids: Sequence[str]) -> None:
-        """Forget passages, after they were deleted."""
+    def remove(self, keys: Sequence[str]) -> None:
+        """Forget passages, after they were deleted or replaced."""
 
     @abstractmethod
-    def compact(self, ids: Sequence[str], replace: Replace) -> None:
+    def compact(self, keys: Sequence[str], replace: Replace) -> None:
         """Forget all but these passages, and leave nothing of the others in any file.
 
         Args:
-            ids: Of the passages that are stored.
+            keys: Of the passages that are stored.
             replace: Puts a new collection, which a function fills, in the place of one.
         """
 
@@ -111,14 +113,14 @@ class CollectionCompanion(Companion):
         self._generation = -1
 
     @abstractmethod
-    def write_compact(self, target: Collection, ids: Sequence[str]) -> None:
+    def write_compact(self, target: Collection, keys: Sequence[str]) -> None:
         """Write what belongs to these passages to a new collection; there are no others."""
 
-    def compact(self, ids: Sequence[str], replace: Replace) -> None:
+    def compact(self, keys: Sequence[str], replace: Replace) -> None:
         """Write a new collection."""
         collection = self.collection()
         if collection is not None and collection.count():
-            replace(collection, lambda copy: self.write_compact(copy, ids))
+            replace(collection, lambda copy: self.write_compact(copy, keys))
             self.forget()
 
     def drop(self) -> None:
@@ -149,10 +151,23 @@ class CollectionCompanion(Companion):
             self.connection.write(collection, len(ids), lambda c: c.delete(ids=list(ids)))
 
 
-def text_hash(text: str) -> int:
-    """Sixty-four bits that tell whether a passage still is what its data was computed of."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+def key_of(passage: str, text: str) -> str:
+    """The key of what was computed of a passage: its id, and sixty-four bits of its text.
+
+    >>> key_of("a", "one")
+    'a34f2ddaa8b7615c9'
+    """
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
+    return passage + digest.hexdigest()
+
+
+def passage_of(key: str) -> str:
+    """The id in a key.
+
+    >>> passage_of("a34f2ddaa8b7615c9")
+    'a'
+    """
+    return key[:-_HASH]
 
 
 def no_vectors(count: int) -> NDArray[np.float32]:
@@ -165,30 +180,29 @@ class Truncations(CollectionCompanion):
 
     kind = "truncated"
 
-    def lengths(self, ids: Sequence[str]) -> dict[str, int]:
+    def lengths(self, keys: Sequence[str]) -> dict[str, int]:
         """The `max_length` that cut a passage, of those that were cut; 0 for the model's own."""
         collection = self.collection()
-        if collection is None or not ids:
+        if collection is None or not keys:
             return {}
-        found = collection.get(ids=list(ids), include=["metadatas"])
+        found = collection.get(ids=list(keys), include=["metadatas"])
         lengths = (int(entry["max_length"]) for entry in found["metadatas"] or [])  # type: ignore[arg-type]
         return dict(zip(found["ids"], lengths, strict=True))
 
-    def add(self, ids: Sequence[str], texts: Sequence[str], encoded: Encoded) -> None:  # noqa: ARG002
+    def add(self, keys: Sequence[str], encoded: Encoded) -> None:
         """Write which passages were cut."""
-        lengths = dict(zip(ids, encoded.truncated_at or [None] * len(ids), strict=True))
-        cut = {passage: length for passage, length in lengths.items() if length is not None}
+        lengths = dict(zip(keys, encoded.truncated_at or (), strict=False))
+        cut = {key: length for key, length in lengths.items() if length is not None}
         if cut:
             self._upsert(list(cut), [{"max_length": length} for length in cut.values()])
-        self.remove([passage for passage in ids if passage not in cut])
 
-    def remove(self, ids: Sequence[str]) -> None:
+    def remove(self, keys: Sequence[str]) -> None:
         """Forget passages that are deleted, or whole by now."""
-        self._delete(list(self.lengths(ids)))
+        self._delete(list(self.lengths(keys)))
 
-    def write_compact(self, target: Collection, ids: Sequence[str]) -> None:
+    def write_compact(self, target: Collection, keys: Sequence[str]) -> None:
         """Write the lengths of passages that are stored."""
-        for page in batch_iterate(_PAGE, ids):
+        for page in batch_iterate(_PAGE, keys):
             lengths = self.lengths(page)
             if lengths:
                 metadatas: Any = [{"max_length": length} for length in lengths.values()]

@@ -1,8 +1,8 @@
 """Lexical weights of the passages of a collection, and the inverted index over them.
 
-Weights are stored as a log: one entry a batch of passages, and one for passages that were deleted.
-Entries are only ever added, until the collection is compacted. Each process that searches keeps the
-inverted index in memory, and reads the entries that are new before a search.
+Weights are stored as a log: one entry a batch of passages, and one for passages that were deleted
+or replaced. Entries are only ever added, until the collection is compacted. Each process that
+searches keeps the inverted index in memory, and reads the entries that are new before a search.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import io
 import json
 import threading
 import uuid
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from chromadb.errors import NotFoundError
 from scipy import sparse
 
-from langchain_bge_dense.chroma.companions import CollectionCompanion, no_vectors, text_hash
+from langchain_bge_dense.chroma.companions import CollectionCompanion, no_vectors, passage_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -37,20 +38,16 @@ _VOCABULARY = 1 << 18  # rows of a part, more where a token id asks for it
 class Batch(NamedTuple):
     """Passages of one entry, `N` of them with `M` weights in all."""
 
-    ids: list[str]
-    texts: NDArray[np.uint64]  # (N,) hashes
+    keys: list[str]
     lengths: NDArray[np.uint32]  # (N,) weights per passage
     tokens: NDArray[np.uint32]  # (M,)
     weights: NDArray[np.float32]  # (M,)
 
     @classmethod
-    def of(
-        cls, ids: Sequence[str], texts: Sequence[str], weights: Sequence[Mapping[int, float]]
-    ) -> Batch:
+    def of(cls, keys: Sequence[str], weights: Sequence[Mapping[int, float]]) -> Batch:
         """A batch of passages."""
         return cls(
-            list(ids),
-            np.array([text_hash(text) for text in texts], np.uint64),
+            list(keys),
             np.array([len(passage) for passage in weights], np.uint32),
             np.array([token for passage in weights for token in passage], np.uint32),
             np.array([value for passage in weights for value in passage.values()], np.float32),
@@ -59,7 +56,7 @@ class Batch(NamedTuple):
     def pack(self) -> str:
         """As it is stored."""
         stream = io.BytesIO()
-        names = np.frombuffer(json.dumps(self.ids).encode(), np.uint8)
+        names = np.frombuffer(json.dumps(self.keys).encode(), np.uint8)
         np.savez_compressed(stream, names, *self[1:])
         return base64.b64encode(stream.getvalue()).decode()
 
@@ -109,15 +106,13 @@ class LexicalScores(NamedTuple):
 
     Attributes:
         values: By number of the passage, `(N,)`.
-        ids: By number.
-        texts: Hashes, by number.
-        latest: Id to number.
+        keys: By number.
+        numbers: By key.
     """
 
     values: NDArray[np.float32]
-    ids: list[str]
-    texts: list[int]
-    latest: dict[str, int]
+    keys: list[str]
+    numbers: dict[str, int]
 
     def ranked(self, count: int, among: Iterable[str] | None = None) -> list[str]:
         """Ids of the passages with the highest scores above 0, the best first.
@@ -126,33 +121,24 @@ class LexicalScores(NamedTuple):
             count: How many.
             among: Ids of the passages that may be among them; None: all.
         """
-        scores = self.values
+        best = np.flatnonzero(self.values > 0)
+        if among is None and len(best) > count:
+            first = len(best) - count
+            best = best[np.argpartition(self.values[best], first)[first:]]  # (count,)
+        best = best[np.argsort(-self.values[best], kind="stable")]
+        ids: Iterable[str] = (passage_of(self.keys[number]) for number in best.tolist())
         if among is not None:
-            numbers = [number for number in map(self._number, among) if number is not None]
-            scores = np.zeros_like(self.values)
-            scores[numbers] = self.values[numbers]
-        count = min(count, len(scores))
-        best = np.argpartition(scores, len(scores) - count)[len(scores) - count :]  # (count,)
-        best = best[np.argsort(-scores[best], kind="stable")]
-        return [self.ids[number] for number in best[scores[best] > 0].tolist()]
+            ids = filter(set(among).__contains__, ids)
+        return list(dict.fromkeys(islice(ids, count)))  # one that is being replaced is there twice
 
-    def of(self, ids: Sequence[str], texts: Sequence[str]) -> NDArray[np.float32]:
-        """Scores of passages as they are stored now, `(len(ids),)`.
-
-        Args:
-            ids: Passages of the collection.
-            texts: Their texts there; one that was changed behind the store's back scores 0.
-        """
-        scores = np.zeros(len(ids), np.float32)
-        for place, (passage, text) in enumerate(zip(ids, texts, strict=True)):
-            number = self._number(passage)
-            if number is not None and self.texts[number] == text_hash(text):
+    def of(self, keys: Sequence[str]) -> NDArray[np.float32]:
+        """Scores of passages, `(len(keys),)`; one that has no weights of its text scores 0."""
+        scores = np.zeros(len(keys), np.float32)
+        for place, key in enumerate(keys):
+            number = self.numbers.get(key)
+            if number is not None and number < len(self.values):
                 scores[place] = self.values[number]
         return scores
-
-    def _number(self, passage: str) -> int | None:
-        number = self.latest.get(passage)
-        return number if number is not None and number < len(self.values) else None
 
 
 class LexicalWeights(CollectionCompanion):
@@ -176,23 +162,21 @@ class LexicalWeights(CollectionCompanion):
         self._log: object = None
         self._entries = 0
         self._version: int | None = None
-        self._ids: list[str] = []
-        self._texts: list[int] = []
-        self._latest: dict[str, int] = {}
+        self._keys: list[str] = []
+        self._numbers: dict[str, int] = {}
         self._alive = np.empty(0, np.bool_)  # (N,)
         self._parts: list[sparse.csr_array] = []
 
-    def add(self, ids: Sequence[str], texts: Sequence[str], encoded: Encoded) -> None:
+    def add(self, keys: Sequence[str], encoded: Encoded) -> None:
         """Write the weights of passages."""
         if encoded.lexical is not None:
-            self._append({"batch": Batch.of(ids, texts, encoded.lexical).pack()})
+            self._append({"batch": Batch.of(keys, encoded.lexical).pack()})
 
-    def remove(self, ids: Sequence[str]) -> None:
-        """Write that passages were deleted."""
-        self.sync()
-        known = [passage for passage in ids if passage in self._latest]
+    def remove(self, keys: Sequence[str]) -> None:
+        """Write that passages were deleted or replaced."""
+        known = self.present(keys)
         if known:
-            self._append({"deleted": json.dumps(known)})
+            self._append({"deleted": json.dumps(sorted(known))})
 
     def _append(self, entry: Mapping[str, str]) -> None:
         self._upsert([uuid.uuid4().hex], [entry])
@@ -229,8 +213,8 @@ class LexicalWeights(CollectionCompanion):
             if "deleted" in entry:
                 self._index(batches)
                 batches = []
-                for passage in json.loads(entry["deleted"]):
-                    self._bury(passage)
+                for key in json.loads(entry["deleted"]):
+                    self._bury(key)
             else:
                 batches.append(Batch.unpack(entry["batch"]))
         self._index(batches)
@@ -242,32 +226,26 @@ class LexicalWeights(CollectionCompanion):
         # Few parts make a search fast, and parts of growing size make growing cheap.
         while len(parts) > 1 and parts[-2].nnz <= 2 * parts[-1].nnz:
             parts[-2:] = [merged(parts[-2:])]
-        count = sum(len(batch.ids) for batch in batches)
-        self._alive = np.concatenate([self._alive, np.ones(count, np.bool_)])
-        for batch in batches:
-            for passage, text in zip(batch.ids, batch.texts.tolist(), strict=True):
-                self._bury(passage)
-                self._latest[passage] = len(self._ids)
-                self._ids.append(passage)
-                self._texts.append(text)
+        keys = [key for batch in batches for key in batch.keys]
+        self._alive = np.concatenate([self._alive, np.ones(len(keys), np.bool_)])
+        for key in keys:
+            self._bury(key)
+            self._numbers[key] = len(self._keys)
+            self._keys.append(key)
         self._parts = parts
 
-    def _bury(self, passage: str) -> None:
-        number = self._latest.pop(passage, None)
+    def _bury(self, key: str) -> None:
+        number = self._numbers.pop(key, None)
         if number is not None:
             self._alive[number] = False
 
     def __len__(self) -> int:
-        return len(self._latest)
+        return len(self._numbers)
 
-    def present(self, ids: Sequence[str], texts: Sequence[str]) -> set[str]:
-        """Ids of the passages that have weights of their texts."""
+    def present(self, keys: Sequence[str]) -> set[str]:
+        """Those of the passages that have weights."""
         self.sync()
-        return {p for p, text in zip(ids, texts, strict=True) if self._is_of(p, text)}
-
-    def _is_of(self, passage: str, text: str) -> bool:
-        number = self._latest.get(passage)
-        return number is not None and self._texts[number] == text_hash(text)
+        return {key for key in keys if key in self._numbers}
 
     def scores(self, query: Mapping[int, float]) -> LexicalScores:
         """Lexical scores of all passages; 0 for those that were deleted.
@@ -276,26 +254,24 @@ class LexicalWeights(CollectionCompanion):
             query: Token id to weight.
         """
         with self._lock:
-            parts, alive = self._parts, self._alive
-            tables = (self._ids, self._texts, self._latest)
+            parts, alive, tables = self._parts, self._alive, (self._keys, self._numbers)
         tokens = np.array(list(query), np.int64)  # (Q,)
         weights = np.array(list(query.values()), np.float32)  # (Q,)
         found = [np.empty(0, np.float32), *(part_scores(part, tokens, weights) for part in parts)]
         return LexicalScores(np.concatenate(found) * alive, *tables)
 
-    def write_compact(self, target: Collection, ids: Sequence[str]) -> None:
+    def write_compact(self, target: Collection, keys: Sequence[str]) -> None:
         """Write the weights of passages that are stored, in large entries."""
         self.sync()
         if not self._parts:
             return
         weights = merged(self._parts).tocsc()
-        numbers = sorted(self._latest[passage] for passage in ids if passage in self._latest)
+        numbers = sorted(self._numbers[key] for key in keys if key in self._numbers)
         for start in range(0, len(numbers), _ENTRY):
             chosen = numbers[start : start + _ENTRY]
             columns = weights[:, chosen]
             batch = Batch(
-                [self._ids[number] for number in chosen],
-                np.array([self._texts[number] for number in chosen], np.uint64),
+                [self._keys[number] for number in chosen],
                 np.diff(columns.indptr).astype(np.uint32),
                 columns.indices.astype(np.uint32),
                 columns.data,

@@ -23,7 +23,7 @@ from langchain_bge_dense.chroma.collection import (
     add_metadata,
     underlying,
 )
-from langchain_bge_dense.chroma.companions import Companion, Encoded, Truncations
+from langchain_bge_dense.chroma.companions import Companion, Encoded, Truncations, key_of
 from langchain_bge_dense.chroma.connection import COPY, retried
 from langchain_bge_dense.chroma.lexical import LexicalWeights
 from langchain_bge_dense.embeddings import BGEM3Embeddings
@@ -232,6 +232,10 @@ class Passages:
         metadatas = (metadata or {} for metadata in found["metadatas"])
         return dict(zip(found["ids"], zip(texts, metadatas, strict=True), strict=True))
 
+    def keys(self, ids: Sequence[str]) -> list[str]:
+        """Keys of those passages that are stored."""
+        return [key_of(passage, text) for passage, (text, _) in self.stored(ids).items()]
+
     def _get(self, **options: Any) -> Any:
         return retried(lambda: self.connection.read(lambda: self.collection.get(**options)))
 
@@ -250,14 +254,14 @@ class Passages:
         """
         equal = [r for r in records if r.id in stored and r.equals(*stored[r.id])]
         for companion in kept:
-            present = companion.present([r.id for r in equal], [r.text for r in equal])
-            equal = [r for r in equal if r.id in present]
-        lengths = self.truncations.lengths([r.id for r in equal])
+            present = companion.present([r.key for r in equal])
+            equal = [r for r in equal if r.key in present]
+        lengths = self.truncations.lengths([r.key for r in equal])
         room = getattr(underlying(self.embeddings), "max_length", None)
         return {
             r.id
             for r in equal
-            if not lengths.get(r.id) or (room is not None and room <= lengths[r.id])
+            if not lengths.get(r.key) or (room is not None and room <= lengths[r.key])
         }
 
     def encode(self, texts: Sequence[str], *, dense: bool = True) -> Encoded:
@@ -309,16 +313,25 @@ class Passages:
             stored: What is stored under their ids.
         """
         _check_finite(records, encoded.vectors)
-        ids, texts = [r.id for r in records], [r.text for r in records]
+        keys = [r.key for r in records]
         for companion in self.companions:
-            companion.add(ids, texts, encoded)
+            companion.add(keys, encoded)
         columns = {
-            "ids": ids,
-            "documents": texts,
+            "ids": [r.id for r in records],
+            "documents": [r.text for r in records],
             "metadatas": [_replacing(r, stored) for r in records],
             "embeddings": encoded.vectors,
         }
-        self.connection.write(self.collection, len(ids), lambda c: c.upsert(**columns))
+        self.connection.write(self.collection, len(keys), lambda c: c.upsert(**columns))
+        former = {key_of(r.id, stored[r.id][0]) for r in records if r.id in stored}
+        self._remove(sorted(former.difference(keys)))
+        cuts = encoded.truncated_at or [None] * len(keys)
+        self.truncations.remove([key for key, cut in zip(keys, cuts, strict=True) if cut is None])
+
+    def _remove(self, keys: Sequence[str]) -> None:
+        if keys:
+            for companion in self.companions:
+                companion.remove(keys)
 
     def batch_size(self) -> int:
         """How many passages Chroma takes at once."""
@@ -332,9 +345,9 @@ class Passages:
         """
         ids = self._get(**which, include=[])["ids"]
         for batch in batch_iterate(self.batch_size(), ids):
+            keys = self.keys(batch)
             self.connection.write(self.collection, len(batch), partial(_delete, ids=batch))
-            for companion in self.companions:
-                companion.remove(batch)
+            self._remove(keys)
 
     def drop(self) -> None:
         """Delete the collection and all that belongs to it."""
@@ -356,15 +369,14 @@ class Passages:
         self.connection.acquire_writer()
         added = 0
         for batch in batch_iterate(_PAGE, self._get(include=[])["ids"]):
-            texts = {passage: text for passage, (text, _) in self.stored(batch).items()}
-            present = [kept.present(list(texts), list(texts.values())) for kept in self.kept]
-            lacking = [p for p in texts if not all(p in found for found in present)]
+            texts = {key_of(p, text): text for p, (text, _) in self.stored(batch).items()}
+            present = [kept.present(list(texts)) for kept in self.kept]
+            lacking = [key for key in texts if not all(key in found for found in present)]
             if lacking:
-                own = [texts[p] for p in lacking]
-                encoded = self.encode(own, dense=False)
+                encoded = self.encode([texts[key] for key in lacking], dense=False)
                 for companion, found in zip(self.kept, present, strict=True):
                     if not found.issuperset(lacking):
-                        companion.add(lacking, own, encoded)
+                        companion.add(lacking, encoded)
             added += len(lacking)
         return added
 

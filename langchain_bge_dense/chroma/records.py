@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from langchain_core.documents import Document
 
 from langchain_bge_dense._scoring import SCORE_KEYS
+from langchain_bge_dense.chroma.companions import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +33,11 @@ class Record(NamedTuple):
     text: str
     metadata: dict[str, Any]
     position: int
+
+    @property
+    def key(self) -> str:
+        """Names what is computed of it."""
+        return key_of(self.id, self.text)
 
     def equals(self, text: str | None, metadata: Mapping[str, Any] | None) -> bool:
         """Whether it is what is stored; Chroma may change the last digit of a float."""

@@ -13,6 +13,7 @@ from langchain_core.documents import Document
 
 from langchain_bge_dense._scoring import dense_scores, maxsim_scores, scaled, score_key
 from langchain_bge_dense.chroma.collection import check, underlying
+from langchain_bge_dense.chroma.companions import key_of, passage_of
 from langchain_bge_dense.chroma.store import BGEM3Chroma
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
@@ -142,6 +143,11 @@ class Candidates:
         made.scores["dense"] = 1 - np.array([row[3] for row in rows], np.float32)  # (N,)
         return made
 
+    @property
+    def keys(self) -> list[str]:
+        """Names of what was computed of them."""
+        return list(map(key_of, self.ids, self.texts))
+
     def add(self, collection: Collection, ids: Sequence[str], vector: NDArray[np.float32]) -> None:
         """Add passages by their ids, those that are still stored."""
         known = set(self.ids)
@@ -215,7 +221,7 @@ def colbert_scores(
     passages: Passages,
     model: BGEM3Embeddings,
     query: NDArray[np.float32],
-    ids: Sequence[str],
+    keys: Sequence[str],
     texts: Sequence[str],
 ) -> tuple[NDArray[np.float32], int]:
     """MaxSim of passages, from their codes where the collection has them.
@@ -224,19 +230,19 @@ def colbert_scores(
         passages: Of the collection.
         model: Computes the vectors of those that have no codes.
         query: ColBERT vectors, `(Q, D)`.
-        ids: Of N passages.
+        keys: Of N passages.
         texts: Theirs.
 
     Returns:
         Scores, `(N,)`, and how many passages had no codes.
     """
     codec = passages.codec()
-    codes = passages.codes.read(ids, texts) if codec else {}
-    scores = np.empty(len(ids), np.float32)  # (N,)
-    kept = [row for row, passage in enumerate(ids) if passage in codes]
-    lacking = [row for row, passage in enumerate(ids) if passage not in codes]
+    codes = passages.codes.read(keys) if codec else {}
+    scores = np.empty(len(keys), np.float32)  # (N,)
+    kept = [row for row, key in enumerate(keys) if key in codes]
+    lacking = [row for row, key in enumerate(keys) if key not in codes]
     if codec and kept:
-        scores[kept] = codec.maxsim(query, [codes[ids[row]] for row in kept])
+        scores[kept] = codec.maxsim(query, [codes[keys[row]] for row in kept])
     if lacking:
         encoding = model.encode([texts[row] for row in lacking], dense=False, colbert=True)
         scores[lacking] = maxsim_scores(query, encoding.colbert or [])
@@ -259,8 +265,8 @@ def stored_vectors(
     codec = passages.codec()
     if codec is None or codec.pooling > 1:
         return {}
-    codes = passages.codes.read(ids, texts)
-    return {passage: codec.decompress(code) for passage, code in codes.items()}
+    codes = passages.codes.read(list(map(key_of, ids, texts)))
+    return {passage_of(key): codec.decompress(code) for key, code in codes.items()}
 
 
 def stored_scores(
@@ -281,26 +287,27 @@ def stored_scores(
     found: Any = passages.collection.get(ids=list(ids), include=["documents", "embeddings"])
     vectors = dict(zip(found["ids"], found["embeddings"], strict=True))
     stored = dict(zip(found["ids"], found["documents"], strict=True))
-    rows = {p: row for row, p in enumerate(ids) if stored.get(p) == texts[row]}
+    rows = {key_of(p, texts[row]): row for row, p in enumerate(ids) if stored.get(p) == texts[row]}
     needed: list[LexicalWeights | ColbertCodes] = [
         *[passages.weights] * (query.lexical is not None),
         *[passages.codes] * (query.colbert is not None),
     ]
     for companion in needed:
-        present = companion.present(list(rows), [texts[row] for row in rows.values()])
-        rows = {passage: row for passage, row in rows.items() if passage in present}
-    chosen, own = list(rows), [texts[row] for row in rows.values()]
-    if not chosen:
+        present = companion.present(list(rows))
+        rows = {key: row for key, row in rows.items() if key in present}
+    keys = list(rows)
+    if not keys:
         return [], {}
     scores = {}
     if query.dense is not None:
-        scores["dense"] = _cosines(np.array([vectors[p] for p in chosen]), query.dense[0])
+        chosen = np.array([vectors[passage_of(key)] for key in keys])  # (M, D)
+        scores["dense"] = _cosines(chosen, query.dense[0])
     if query.lexical is not None:
-        scores["lexical"] = passages.weights.scores(query.lexical[0]).of(chosen, own)
+        scores["lexical"] = passages.weights.scores(query.lexical[0]).of(keys)
     codec = passages.codec()
     if query.colbert is not None and codec:
-        codes = passages.codes.read(chosen, own)
-        scores["colbert"] = codec.maxsim(query.colbert[0], [codes[p] for p in chosen])
+        codes = passages.codes.read(keys)
+        scores["colbert"] = codec.maxsim(query.colbert[0], [codes[key] for key in keys])
     return list(rows.values()), scores
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from chroma_server import ChromaServer
+from chromadb.api.models.Collection import Collection
 from hashed_embeddings import HashedEmbeddings
 from langchain_core.documents import Document
 
@@ -29,7 +30,7 @@ from langchain_bge_dense.chroma import (
 )
 from langchain_bge_dense.chroma import colbert as colbert_module
 from langchain_bge_dense.chroma.colbert import _SCHEMA
-from langchain_bge_dense.chroma.companions import Encoded
+from langchain_bge_dense.chroma.companions import Encoded, key_of, passage_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ TEXTS = [
     "人人生而自由，在尊严和权利上一律平等。",
 ]
 IDS = ["a", "b", "c", "d"]
+KEYS = list(map(key_of, IDS, TEXTS))
 
 Open = "Callable[..., BGEM3Chroma]"
 
@@ -76,7 +78,7 @@ def opened(
 
 def kept(store: BGEM3Chroma, texts: dict[str, str]) -> set[str]:
     passages: Passages = store._passages
-    return passages.codes.present(list(texts), list(texts.values()))
+    return set(map(passage_of, passages.codes.present(list(map(key_of, texts, texts.values())))))
 
 
 def colbert(store: BGEM3Chroma, **options: Any) -> dict[str, float]:
@@ -114,7 +116,37 @@ def test_every_change_keeps_them_in_step(opened: Open) -> None:
     assert kept(store, texts) == {*IDS}
     passages = store._passages
     store.delete_collection()
-    assert passages.codes._find(IDS) == {}
+    assert passages.codes.present(KEYS) == set()
+    store.close()
+
+
+def test_a_passage_keeps_what_belongs_to_it_until_it_is_replaced(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(lexical=True, colbert=True)
+    store.add_texts(TEXTS, ids=IDS)
+    retriever = BGEM3Retriever(vectorstore=store, k=50, scores=True)
+    before = retriever.invoke(QUERY)
+    upsert = Collection.upsert
+
+    def broken(self: Collection, **columns: Any) -> None:
+        if "documents" in columns:  # all that belongs to them is written
+            raise KeyboardInterrupt
+        upsert(self, **columns)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Collection, "upsert", broken)
+        with pytest.raises(KeyboardInterrupt):
+            store.add_texts(TEXTS[::-1], ids=IDS)
+    for each in (retriever, BGEM3Retriever(vectorstore=store, k=50, scores=True)):
+        for former, now in zip(before, each.invoke(QUERY), strict=True):
+            assert (former.id, former.page_content) == (now.id, now.page_content)
+            assert former.metadata == pytest.approx(now.metadata, abs=1e-5)
+    store.add_texts(TEXTS[::-1], ids=IDS)
+    assert kept(store, dict(zip(IDS, TEXTS, strict=True))) == set()
+    assert kept(store, dict(zip(IDS, TEXTS[::-1], strict=True))) == {*IDS}
+    store._passages.weights.sync()
+    assert len(store._passages.weights) == len(IDS)
     store.close()
 
 
@@ -285,7 +317,7 @@ def test_vectors_computed_elsewhere_bring_their_codes(tiny: BGEM3Embeddings, ope
     with opened(colbert=True) as store:
         rows = zip(documents, encoding.dense, codes, strict=True)
         assert index_vectors(store, rows, fingerprint=tiny.fingerprint, batch_size=3).added == 4
-        assert store._passages.codes.read(IDS, TEXTS) == dict(zip(IDS, codes, strict=True))
+        assert store._passages.codes.read(KEYS) == dict(zip(KEYS, codes, strict=True))
         wrong = Codec.of(tiny, "2bit").compress(encoding.colbert[0])
         with pytest.raises(ValueError, match="are not of '1bit'"):
             index_vectors(
@@ -305,7 +337,7 @@ def test_codes_that_are_there_are_not_computed_again(tiny: BGEM3Embeddings, open
         index_vectors(store, rows, fingerprint=tiny.fingerprint)
         assert store.add_missing() == 4
         assert store.add_missing() == 0
-        assert store._passages.codes.read(IDS, TEXTS) == dict(zip(IDS, codes, strict=True))
+        assert store._passages.codes.read(KEYS) == dict(zip(KEYS, codes, strict=True))
 
 
 def test_in_a_folder_they_take_what_their_bits_take(tiny: BGEM3Embeddings, tmp_path: Path) -> None:
@@ -313,13 +345,11 @@ def test_in_a_folder_they_take_what_their_bits_take(tiny: BGEM3Embeddings, tmp_p
     wide = Codec("1bit", 1, np.zeros(1_024, np.float32))
     rng = np.random.default_rng(0)
     codes = [wide.compress(rng.standard_normal((200, 1_024)).astype(np.float32)) for _ in range(64)]
-    ids = [f"{n:064}" for n in range(64)]
-    from langchain_bge_dense.chroma.companions import Encoded
-
-    store._passages.codes.add(ids, ids, Encoded(np.empty((64, 0), np.float32), colbert=codes))
+    keys = [key_of(f"{n:064}", "text") for n in range(64)]
+    store._passages.codes.add(keys, Encoded(np.empty((64, 0), np.float32), colbert=codes))
     [file] = tmp_path.glob("*.colbert.sqlite3")
     assert file.stat().st_size / 64 <= 27_000
-    assert store._passages.codes.read(ids, ids) == dict(zip(ids, codes, strict=True))
+    assert store._passages.codes.read(keys) == dict(zip(keys, codes, strict=True))
 
 
 def test_nothing_of_a_deleted_passage_is_left_in_any_file(
@@ -328,10 +358,8 @@ def test_nothing_of_a_deleted_passage_is_left_in_any_file(
     store = open_chroma(tiny, "notes", persist_directory=tmp_path, colbert="int8")
     index_documents(store, [Document(f"{TEXTS[0]} {n}", id=str(n)) for n in range(40)])
     [file] = tmp_path.glob("*.colbert.sqlite3")
-    size, [codes] = (
-        file.stat().st_size,
-        store._passages.codes.read(["7"], [f"{TEXTS[0]} 7"]).values(),
-    )
+    size = file.stat().st_size
+    [codes] = store._passages.codes.read([key_of("7", f"{TEXTS[0]} 7")]).values()
     probe = codes[-64:]
     assert probe in file.read_bytes()
     store.delete([str(n) for n in range(30)])
@@ -378,10 +406,11 @@ def test_killed_while_codes_are_written(
     assert len(store.get()["ids"]) == len(texts)
     assert kept(store, texts) == texts.keys()
     codec, some = store._passages.codec(), [str(n) for n in range(0, 1_200, 101)]
-    found = store._passages.codes.read(some, [texts[i] for i in some])
+    keys = [key_of(i, texts[i]) for i in some]
+    codes = store._passages.codes.read(keys)
     encoding = tiny.encode([texts[i] for i in some], dense=False, colbert=True)
-    for passage, vectors in zip(some, encoding.colbert, strict=True):
-        np.testing.assert_allclose(codec.decompress(found[passage]), vectors, atol=0.01)
+    for key, vectors in zip(keys, encoding.colbert, strict=True):
+        np.testing.assert_allclose(codec.decompress(codes[key]), vectors, atol=0.01)
 
 
 def test_a_full_disk_stores_neither_codes_nor_passages(
@@ -425,8 +454,8 @@ def test_codes_of_any_size_are_written_to_a_server(
 ) -> None:
     """It takes requests of 40 MiB."""
     store = open_chroma(tiny, "large", host=server.host, port=server.port, colbert="int8")
-    ids = [f"{number}" for number in range(60)]
+    keys = [f"{number}" for number in range(60)]
     codes = [bytes([number]) * 1_000_000 for number in range(60)]
     companion = store._passages.codes
-    companion.add(ids, ids, Encoded(np.empty((60, 0), np.float32), colbert=codes))
-    assert companion.read(ids, ids) == dict(zip(ids, codes, strict=True))
+    companion.add(keys, Encoded(np.empty((60, 0), np.float32), colbert=codes))
+    assert companion.read(keys) == dict(zip(keys, codes, strict=True))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from chromadb import EphemeralClient
+from chromadb.api.models.Collection import Collection
 from hashed_embeddings import HashedEmbeddings
 from langchain_classic.embeddings import CacheBackedEmbeddings
 from langchain_core.documents import Document
@@ -231,7 +233,24 @@ class TestTruncated:
         found = store.get(include=["documents", "embeddings"])
         whole = embeddings.encode(found["documents"]).dense
         np.testing.assert_allclose(found["embeddings"], whole, atol=1e-4)
-        assert not store._passages.truncations.lengths(store.get()["ids"])
+        passages = store._passages
+        assert not passages.truncations.lengths(passages.keys(store.get()["ids"]))
+
+    def test_are_embedded_again_after_an_interruption(self, tiny_checkpoint, monkeypatch):
+        documents, client = [Document("many words " * 20)], EphemeralClient()
+        store = open_chroma(self.model(tiny_checkpoint, 8), "cut", client=client)
+        assert index_documents(store, documents).truncated == 1
+        store = open_chroma(self.model(tiny_checkpoint, None), "cut", client=client)
+
+        def broken(*_args, **_columns):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Collection, "upsert", broken)
+            with pytest.raises(KeyboardInterrupt):
+                index_documents(store, documents)
+        assert index_documents(store, documents).added == 1
+        assert index_documents(store, documents).skipped == 1
 
 
 class TestWrappers:

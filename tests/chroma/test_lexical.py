@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from langchain_bge_dense.chroma import compact, lexical, open_chroma
-from langchain_bge_dense.chroma.companions import Encoded
+from langchain_bge_dense.chroma.companions import Encoded, key_of, passage_of
 from langchain_bge_dense.chroma.lexical import Batch, LexicalWeights
 
 PASSAGES = st.dictionaries(st.integers(0, 9), st.floats(0.125, 4, width=16), max_size=5)
@@ -26,9 +26,14 @@ def weights() -> LexicalWeights:
     return open_chroma(HashedEmbeddings())._passages.weights
 
 
+def keys(*ids: str) -> list[str]:
+    """Keys of passages whose texts are their ids."""
+    return list(map(key_of, ids, ids))
+
+
 def add(weights: LexicalWeights, passages: list[dict[int, float]], first: int = 0) -> None:
     ids = [str(first + number) for number in range(len(passages))]
-    weights.add(ids, ids, Encoded(np.empty((len(ids), 0), np.float32), passages))
+    weights.add(keys(*ids), Encoded(np.empty((len(ids), 0), np.float32), passages))
 
 
 def by_hand(query: dict[int, float], passage: dict[int, float]) -> float:
@@ -36,10 +41,10 @@ def by_hand(query: dict[int, float], passage: dict[int, float]) -> float:
 
 
 def test_a_batch_is_kept():
-    batch = Batch.of(["a", "é"], ["x", "y"], [{250_001: 0.5, 3: 0.25}, {}])
-    assert [column.dtype for column in batch[1:]] == [np.uint64, np.uint32, np.uint32, np.float32]
+    batch = Batch.of(["a", "é"], [{250_001: 0.5, 3: 0.25}, {}])
+    assert [column.dtype for column in batch[1:]] == [np.uint32, np.uint32, np.float32]
     again = Batch.unpack(batch.pack())
-    assert again.ids == ["a", "é"]
+    assert again.keys == ["a", "é"]
     for one, other in zip(batch[1:], again[1:], strict=True):
         assert one.dtype == other.dtype
         assert one.tolist() == other.tolist()
@@ -47,7 +52,7 @@ def test_a_batch_is_kept():
 
 def test_what_is_stored_runs_no_code():
     stream = io.BytesIO()
-    np.savez(stream, *[np.array([object()])] * 5)
+    np.savez(stream, *[np.array([object()])] * 4)
     with pytest.raises(ValueError, match="allow_pickle=False"):
         Batch.unpack(base64.b64encode(stream.getvalue()).decode())
 
@@ -66,7 +71,7 @@ def test_scores_over_many_entries(batches, query):
     np.testing.assert_allclose(scores.values, expected, rtol=1e-5)
     assert scores.values.dtype == np.float32
     ids = list(map(str, range(len(passages))))
-    np.testing.assert_allclose(scores.of(ids, ids), expected, rtol=1e-5)
+    np.testing.assert_allclose(scores.of(keys(*ids)), expected, rtol=1e-5)
     ranked = [expected[int(passage)] for passage in scores.ranked(3)]
     np.testing.assert_allclose(ranked, sorted(filter(None, expected), reverse=True)[:3], rtol=1e-5)
     among = scores.ranked(2, among=["unknown", *ids[1::2]])
@@ -86,14 +91,30 @@ def test_the_last_entry_of_a_passage_counts(weights):
     assert weights.scores({2: 1.0}).ranked(5) == ["0"]
 
 
+def test_a_text_that_is_being_replaced_keeps_its_weights(weights):
+    add(weights, [{1: 1.0}, {1: 2.0}])
+    former, new = keys("0")[0], key_of("0", "new")
+    weights.add([new], Encoded(np.empty((1, 0), np.float32), [{1: 4.0}]))
+    weights.sync()
+    scores = weights.scores({1: 1.0})
+    assert scores.of([former, new]).tolist() == [1.0, 4.0]
+    assert scores.ranked(3) == ["0", "1"]
+    assert scores.ranked(3, among=["0"]) == ["0"]
+    weights.remove([former])
+    weights.sync()
+    scores = weights.scores({1: 1.0})
+    assert scores.of([former, new]).tolist() == [0.0, 4.0]
+    assert weights.present([former, new]) == {new}
+
+
 def test_a_deleted_passage_that_comes_back(weights):
     add(weights, [{1: 1.0}])
-    weights.remove(["0", "unknown"])
+    weights.remove(keys("0", "unknown"))
     weights.sync()
     assert weights.scores({1: 1.0}).ranked(5) == []
     add(weights, [{1: 3.0}])
     weights.sync()
-    assert weights.scores({1: 1.0}).of(["0"], ["0"]).tolist() == [3.0]
+    assert weights.scores({1: 1.0}).of(keys("0")).tolist() == [3.0]
     fresh = LexicalWeights(weights.connection, weights.name.partition(".")[0])
     fresh.sync()  # the whole log at once
     assert len(fresh) == 1
@@ -103,10 +124,10 @@ def test_a_deleted_passage_that_comes_back(weights):
 def test_a_text_changed_behind_the_stores_back_scores_zero(weights):
     add(weights, [{1: 1.0}])
     weights.sync()
-    scores = weights.scores({1: 1.0}).of(["0", "1"], ["another", "1"])
+    scores = weights.scores({1: 1.0}).of([key_of("0", "another"), *keys("1")])
     assert (scores.tolist(), scores.dtype) == ([0.0, 0.0], np.float32)
-    assert weights.present(["0"], ["0"])
-    assert not weights.present(["0"], ["another"])
+    assert weights.present(keys("0"))
+    assert not weights.present([key_of("0", "another")])
 
 
 def test_large_token_ids(weights):
@@ -153,7 +174,7 @@ def test_scores_of_one_query_stay_while_others_write(weights):
     before = weights.scores({1: 1.0})
     add(weights, [{1: 2.0}], first=1)
     weights.sync()
-    assert before.of(["0", "1"], ["0", "1"]).tolist() == [1.0, 0.0]
+    assert before.of(keys("0", "1")).tolist() == [1.0, 0.0]
     assert before.ranked(5, among=["1"]) == []
     assert weights.scores({1: 1.0}).ranked(5) == ["1", "0"]
 
@@ -171,10 +192,10 @@ def test_compaction_writes_what_is_stored_in_large_entries(monkeypatch):
     compact(store)
     stored = weights.collection().get(include=["metadatas", "embeddings"])
     batches = [Batch.unpack(entry["batch"]) for entry in stored["metadatas"]]
-    assert [batch.ids for batch in batches] == [["0", "2"], ["3"]]
+    assert [batch.keys for batch in batches] == [keys("0", "2"), keys("3")]
     for batch in batches:
-        alone = [{1: int(i) + 1.0, 9 - int(i): 1.0} for i in batch.ids]
-        again = Batch.of(batch.ids, batch.ids, alone)
+        numbers = map(int, map(passage_of, batch.keys))
+        again = Batch.of(batch.keys, [{1: i + 1.0, 9 - i: 1.0} for i in numbers])
         for one, two in zip(batch[1:], again[1:], strict=True):
             assert (one.tolist(), one.dtype) == (two.tolist(), two.dtype)
     for each in (weights, other):  # the other one had read the former log
