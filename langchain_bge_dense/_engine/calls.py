@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import sys
-import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
@@ -20,6 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from langchain_bge_dense._engine.checkpoint import HEADS
+from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense._engine.outputs import Outputs
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ _AHEAD = 2  # requests under way
 _POLL_SECONDS = 0.2
 _CUT_TEXTS_NAMED = 5  # in a warning
 _KEPT_ENCODINGS = 8  # whose other half was not asked for yet
+
+_pairs_lock = forkable_lock()
 
 
 class Options(NamedTuple):
@@ -408,9 +410,3 @@ def wait(request: Running, bar: tqdm[Any] | None = None) -> None:
             shown = request.finished
         if request.future.done():
             return
-
-
-_pairs_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    # Another thread of the parent may hold it, and would never let it go in the child.
-    os.register_at_fork(after_in_child=_pairs_lock._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001

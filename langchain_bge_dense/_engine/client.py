@@ -32,6 +32,7 @@ from tenacity import (
 
 from langchain_bge_dense._engine.calls import BaseEngine, check_text, result, windows
 from langchain_bge_dense._engine.checkpoint import Checkpoint
+from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense._engine.outputs import encoding_of
 from langchain_bge_dense._engine.wire import unpack
 
@@ -298,7 +299,7 @@ _clients: weakref.WeakValueDictionary[tuple[str, str | None], Client] = (
     weakref.WeakValueDictionary()
 )
 _loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process, as a thread is of one alone
-_lock = threading.Lock()
+_lock = forkable_lock()
 
 
 def shared_client(base_url: str, api_key: str | None) -> Client:
@@ -333,8 +334,3 @@ def _close(https: dict[int, httpx.AsyncClient]) -> None:
     http, loop = https.get(os.getpid()), _loops.get(os.getpid())
     if http is not None and loop is not None:
         loop.call_soon_threadsafe(lambda: loop.create_task(http.aclose()))
-
-
-if hasattr(os, "register_at_fork"):
-    # Another thread of the parent may hold it, and would never let it go in the child.
-    os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001

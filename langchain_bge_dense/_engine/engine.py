@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ from langchain_bge_dense._engine import loading
 from langchain_bge_dense._engine.calls import BaseEngine, check_text, result
 from langchain_bge_dense._engine.checkpoint import Checkpoint, read_checkpoint
 from langchain_bge_dense._engine.hub import HubSource, resolve
+from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense._engine.outputs import encoding_of
 from langchain_bge_dense._engine.scheduler import Request, Scheduler
 
@@ -99,7 +98,7 @@ def _refuse_long(tokens: Sequence[Tokens], first: int, max_length: int) -> None:
 
 
 _engines: weakref.WeakValueDictionary[tuple[Any, ...], Engine] = weakref.WeakValueDictionary()
-_loading_lock = threading.Lock()
+_loading_lock = forkable_lock()
 
 
 def shared_engine(checkpoint: Checkpoint, pooling: str, device: str, dtype: str) -> Engine:
@@ -159,8 +158,3 @@ def _instruction(instruction: str | None, template: str) -> str:
         )
         raise ValueError(msg)
     return prefix[:-1]
-
-
-if hasattr(os, "register_at_fork"):
-    # Another thread of the parent may hold it, and would never let it go in the child.
-    os.register_at_fork(after_in_child=_loading_lock._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001

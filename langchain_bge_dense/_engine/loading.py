@@ -19,6 +19,7 @@ from langchain_bge_dense._engine.checkpoint import (
 from langchain_bge_dense._engine.encoder import Encoder, Heads
 from langchain_bge_dense._engine.layers import MODEL_TYPES, PackedEncoder, PaddedEncoder
 from langchain_bge_dense._engine.linear import LinearFactory
+from langchain_bge_dense._engine.locks import forkable_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,7 +196,7 @@ def _load_flag_model(checkpoint: Checkpoint, pooling: str) -> BGEM3FlagModel:
 
     folder = checkpoint.folder
     tokenizer = next(folder / name for name in TOKENIZERS if (folder / name).exists())
-    with _quiet_transformers():
+    with _quiet_lock, _quiet_transformers():
         check_weights(checkpoint)
         # What is left to go wrong is the tokenizer.
         with Parsing(tokenizer, RuntimeError, ImportError):
@@ -208,9 +209,15 @@ def _load_flag_model(checkpoint: Checkpoint, pooling: str) -> BGEM3FlagModel:
     return flag
 
 
+_quiet_lock = forkable_lock()
+
+
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' bar and its remarks on the pooler, which is not used."""
+    """Hold back transformers' bar and its remarks on the pooler, which is not used.
+
+    One thread at a time: these settings are of the whole process.
+    """
     from transformers.utils import logging as transformers_logging_module
 
     transformers_logging: Any = transformers_logging_module

@@ -6,7 +6,11 @@ import gc
 import json
 import platform
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from transformers.utils import logging
 
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense._engine import loading
+from langchain_bge_dense._engine.checkpoint import Checkpoint, read_checkpoint
 from langchain_bge_dense._engine.layers import PackedEncoder, PaddedEncoder
 from langchain_bge_dense._engine.loading import cpu_has_bf16, resolve
 
@@ -31,6 +36,31 @@ def test_loading_gives_transformers_its_voice_back(tiny_checkpoint: Path, tmp_pa
     (broken / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         BGEM3Embeddings(model=broken, device="cpu").load()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == state
+
+
+def test_loads_change_transformers_settings_one_after_the_other(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    checkpoint = read_checkpoint(tiny_checkpoint, "tiny")
+    entered: SimpleQueue[str] = SimpleQueue()
+    go_on = Event()
+
+    def check(_checkpoint: Checkpoint) -> None:
+        entered.put(f"{logging.get_verbosity()} {logging.is_progress_bar_enabled()}")
+        go_on.wait()
+
+    monkeypatch.setattr(loading, "check_weights", check)
+    with ThreadPoolExecutor() as pool:
+        loads = [pool.submit(loading._load_flag_model, checkpoint, "cls") for _ in range(2)]
+        quiet = entered.get()
+        time.sleep(0.2)  # the other one waits, as when Ctrl-C has left the first to itself
+        together = not entered.empty()
+        go_on.set()
+        assert [load.result().pooling_method for load in loads] == ["cls", "cls"]
+    assert not together
+    assert entered.get() == quiet == f"{logging.ERROR} False"
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == state
 
 
