@@ -1,15 +1,20 @@
-"""Any order of changes and searches against a plain dictionary with scores by brute force."""
+"""Any order of changes, kills and searches against a plain dictionary, scored by brute force."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
 from chroma_server import ChromaServer
+from chromadb.api.client import Client
+from chromadb.api.models.Collection import Collection
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -18,15 +23,51 @@ from langchain_core.indexing import InMemoryRecordManager, index
 
 from langchain_bge_dense import BGEM3Retriever
 from langchain_bge_dense._scoring import maxsim_scores
-from langchain_bge_dense.chroma import compact, index_documents, open_chroma
+from langchain_bge_dense.chroma import compact, hnsw, index_documents, open_chroma
+from langchain_bge_dense.chroma.colbert import CodesInFolder
+from langchain_bge_dense.chroma.connection import Connection
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from langchain_bge_dense import BGEM3Embeddings
 
 WORDS = ["free", "equal", "rights", "vector", "query", "passage"]
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
 IDS = st.sampled_from("abcdef")
 DOCUMENTS = st.dictionaries(IDS, TEXTS, min_size=1, max_size=4)
+
+STEPS = [
+    (Client, "create_collection"),
+    (Client, "delete_collection"),
+    (Collection, "modify"),
+    (Connection, "write"),
+    (CodesInFolder, "_write"),
+    (CodesInFolder, "remove"),
+    (CodesInFolder, "compact"),
+    (hnsw, "back_up"),
+    (hnsw, "drop_backup"),
+]
+
+
+@contextmanager
+def copied_before(number: int, source: Path, target: Path) -> Iterator[None]:
+    """Copy a folder before a step of what is written to it, as a kill would leave it."""
+    steps = itertools.count()
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args, **options):
+            if next(steps) == number:
+                shutil.copytree(source, target)
+            return call(*args, **options)
+
+        return step
+
+    with ExitStack() as stack:
+        for owner, name in STEPS:
+            step = counted(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, step))
+        yield
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -52,8 +93,14 @@ class AnyOrder(RuleBasedStateMachine):
     def opened(self):
         place = self.place or {"persist_directory": self.folder}
         colbert = "int8" if self.lexical else None
+        often = {"hnsw": {"sync_threshold": 3, "batch_size": 3}}  # the index is persisted
         return open_chroma(
-            self.embeddings, "any-order", lexical=self.lexical, colbert=colbert, **place
+            self.embeddings,
+            "any-order",
+            lexical=self.lexical,
+            colbert=colbert,
+            collection_configuration=often,
+            **place,
         )
 
     @rule(documents=DOCUMENTS)
@@ -100,6 +147,35 @@ class AnyOrder(RuleBasedStateMachine):
     def open_again(self) -> None:
         self.store.close()
         self.store = self.opened()
+
+    @precondition(lambda self: self.folder)
+    @rule(documents=DOCUMENTS, step=st.integers(0, 12))
+    def killed_while_it_adds(self, documents: dict[str, str], step: int) -> None:
+        former, copy = dict(self.model), Path(tempfile.mkdtemp()) / "copy"
+        with copied_before(step, self.folder, copy):
+            self.add(documents)
+        self.go_on_in(copy, former)
+
+    @precondition(lambda self: self.folder)
+    @rule(step=st.integers(0, 20))
+    def killed_while_it_compacts(self, step: int) -> None:
+        copy = Path(tempfile.mkdtemp()) / "copy"
+        with copied_before(step, self.folder, copy):
+            self.compact()
+        self.go_on_in(copy, self.model)
+
+    def go_on_in(self, copy: Path, former: dict[str, str]) -> None:
+        """Take the place of a killed process, which has written all of a batch or nothing."""
+        if copy.exists():
+            self.store.close()
+            shutil.rmtree(self.folder)
+            self.folder, self.store = copy, None
+            self.store = self.opened()
+            found = self.store.get()
+            texts = dict(zip(found["ids"], found["documents"], strict=True))
+            assert texts in (former, self.model)
+            self.model = texts
+            self.search(" ".join(WORDS))
 
     @precondition(lambda self: hasattr(self, "store"))
     @invariant()
@@ -166,7 +242,7 @@ def run(machine: type[AnyOrder], examples: int) -> None:
     machine.TestCase("runTest").runTest()
 
 
-@pytest.mark.parametrize(("lexical", "examples"), [(True, 15), (False, 8)])
+@pytest.mark.parametrize(("lexical", "examples"), [(True, 40), (False, 10)])
 def test_local(tiny, lexical, examples):
     run(type("Local", (AnyOrder,), {"embeddings": tiny, "lexical": lexical}), examples)
 
