@@ -79,7 +79,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = None if self.place else Path(tempfile.mkdtemp())
+        self.root = Path(tempfile.mkdtemp())
+        self.folder = None if self.place else self.root / "0"
         self.model: dict[str, str] = {}
         self.indexed: set[str] = set()
         self.records = InMemoryRecordManager("any")
@@ -151,7 +152,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.folder)
     @rule(documents=DOCUMENTS, step=st.integers(0, 12))
     def killed_while_it_adds(self, documents: dict[str, str], step: int) -> None:
-        former, copy = dict(self.model), Path(tempfile.mkdtemp()) / "copy"
+        former, copy = dict(self.model), self.next_folder()
         with copied_before(step, self.folder, copy):
             self.add(documents)
         self.go_on_in(copy, former)
@@ -159,10 +160,13 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.folder)
     @rule(step=st.integers(0, 20))
     def killed_while_it_compacts(self, step: int) -> None:
-        copy = Path(tempfile.mkdtemp()) / "copy"
+        copy = self.next_folder()
         with copied_before(step, self.folder, copy):
             self.compact()
         self.go_on_in(copy, self.model)
+
+    def next_folder(self) -> Path:
+        return self.root / str(int(self.folder.name) + 1)
 
     def go_on_in(self, copy: Path, former: dict[str, str]) -> None:
         """Take the place of a killed process, which has written all of a batch or nothing."""
@@ -227,8 +231,7 @@ class AnyOrder(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "store"):
             self.store.close()
-        if self.folder:
-            shutil.rmtree(self.folder)
+        shutil.rmtree(self.root)
 
 
 def run(machine: type[AnyOrder], examples: int) -> None:
