@@ -25,7 +25,7 @@ from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense.chroma import index_documents, index_vectors, open_chroma
-from langchain_bge_dense.chroma.companions import Encoded
+from langchain_bge_dense.chroma.companions import Encoded, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,8 +79,8 @@ def fill(store: BGEM3Chroma, count: int) -> None:
         tokens = np.minimum(chooser.zipf(1.1, (len(ids), TERMS)), 250_000).tolist()
         weights = chooser.random((len(ids), TERMS)).tolist()
         lexical = [dict(zip(*row, strict=True)) for row in zip(tokens, weights, strict=True)]
-        texts = [f"passage {number}" for number in ids]
-        passages.weights.add(ids, texts, Encoded(np.empty((len(ids), 0), np.float32), lexical))
+        keys = [key_of(number, f"passage {number}") for number in ids]
+        passages.weights.add(keys, Encoded(np.empty((len(ids), 0), np.float32), lexical))
 
 
 def queries(

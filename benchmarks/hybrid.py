@@ -27,7 +27,7 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense._scoring import lexical_scores
 from langchain_bge_dense.chroma import index_documents, open_chroma
-from langchain_bge_dense.chroma.companions import Encoded
+from langchain_bge_dense.chroma.companions import Encoded, key_of
 from langchain_bge_dense.chroma.records import Record
 from langchain_bge_dense.chroma.search import Candidates, Search, passing
 
@@ -119,9 +119,9 @@ def fill_index(store: BGEM3Chroma, size: int) -> None:
     """Write random weights of so many passages."""
     store._passages.connection.acquire_writer()  # noqa: SLF001
     for number, lexical in enumerate(random_weights(size)):
-        ids = [f"{number * BATCH + row:064}" for row in range(BATCH)]
+        ids = (f"{number * BATCH + row:064}" for row in range(BATCH))
         encoded = Encoded(np.empty((BATCH, 0), np.float32), lexical)
-        store._passages.weights.add(ids, ids, encoded)  # noqa: SLF001
+        store._passages.weights.add([key_of(p, p) for p in ids], encoded)  # noqa: SLF001
     store.close()
 
 

@@ -12,7 +12,6 @@ import io
 import json
 import threading
 import uuid
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -106,11 +105,13 @@ class LexicalScores(NamedTuple):
 
     Attributes:
         values: By number of the passage, `(N,)`.
+        hashes: Of their ids, by number, `(N,)`.
         keys: By number.
         numbers: By key.
     """
 
     values: NDArray[np.float32]
+    hashes: NDArray[np.int64]
     keys: list[str]
     numbers: dict[str, int]
 
@@ -122,14 +123,14 @@ class LexicalScores(NamedTuple):
             among: Ids of the passages that may be among them; None: all.
         """
         best = np.flatnonzero(self.values > 0)
-        if among is None and len(best) > count:
+        if among is not None:
+            best = best[np.isin(self.hashes[best], list(map(hash, among)))]
+        if len(best) > count:
             first = len(best) - count
             best = best[np.argpartition(self.values[best], first)[first:]]  # (count,)
         best = best[np.argsort(-self.values[best], kind="stable")]
-        ids: Iterable[str] = (passage_of(self.keys[number]) for number in best.tolist())
-        if among is not None:
-            ids = filter(set(among).__contains__, ids)
-        return list(dict.fromkeys(islice(ids, count)))  # one that is being replaced is there twice
+        ids = (passage_of(self.keys[number]) for number in best.tolist())
+        return list(dict.fromkeys(ids))  # one that is being replaced is there twice
 
     def of(self, keys: Sequence[str]) -> NDArray[np.float32]:
         """Scores of passages, `(len(keys),)`; one that has no weights of its text scores 0."""
@@ -165,6 +166,7 @@ class LexicalWeights(CollectionCompanion):
         self._keys: list[str] = []
         self._numbers: dict[str, int] = {}
         self._alive = np.empty(0, np.bool_)  # (N,)
+        self._hashes = np.empty(0, np.int64)  # (N,) of their ids
         self._parts: list[sparse.csr_array] = []
 
     def add(self, keys: Sequence[str], encoded: Encoded) -> None:
@@ -228,6 +230,8 @@ class LexicalWeights(CollectionCompanion):
             parts[-2:] = [merged(parts[-2:])]
         keys = [key for batch in batches for key in batch.keys]
         self._alive = np.concatenate([self._alive, np.ones(len(keys), np.bool_)])
+        hashes = np.fromiter((hash(passage_of(key)) for key in keys), np.int64, len(keys))
+        self._hashes = np.concatenate([self._hashes, hashes])
         for key in keys:
             self._bury(key)
             self._numbers[key] = len(self._keys)
@@ -254,7 +258,8 @@ class LexicalWeights(CollectionCompanion):
             query: Token id to weight.
         """
         with self._lock:
-            parts, alive, tables = self._parts, self._alive, (self._keys, self._numbers)
+            parts, alive = self._parts, self._alive
+            tables = (self._hashes, self._keys, self._numbers)
         tokens = np.array(list(query), np.int64)  # (Q,)
         weights = np.array(list(query.values()), np.float32)  # (Q,)
         found = [np.empty(0, np.float32), *(part_scores(part, tokens, weights) for part in parts)]
