@@ -69,7 +69,7 @@ def die_persisting(store, folder: Path) -> None:
         (folder / "chroma.sqlite3").write_bytes(database)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    store._collection.upsert = upsert_and_die
+    store._passages.collection.upsert = upsert_and_die
 
 
 def main(place: dict, count: int, *options: str) -> None:

@@ -109,7 +109,7 @@ def test_disk_full(tmp_path, record_property):
     *full, last = seen["attempts"]
     assert len(full) > 2
     for line in full:
-        assert line.startswith(f"OSError: Could not write to '{tmp_path / 'mounted'}'")
+        assert line.startswith(f"OSError: Could not read or write '{tmp_path / 'mounted'}'")
         assert "Make room" in line
     stored = list(map(int, seen["stored"]))
     assert stored == sorted(stored)

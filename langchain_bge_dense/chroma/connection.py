@@ -215,7 +215,8 @@ class Connection:
             if self.folder is None or self._names is None:
                 raise
             self._reconnect(reopen=True)
-            return call()
+            with self.exclusive():
+                return call()
 
     def reopen(self) -> None:
         """Read everything again."""

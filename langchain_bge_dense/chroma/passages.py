@@ -6,6 +6,7 @@ import base64
 import contextlib
 import uuid
 from functools import partial
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -102,6 +103,24 @@ class Kept(NamedTuple):
         """What a collection has, in words."""
         codes = f"{self.colbert!r} ColBERT codes with colbert_pooling={self.pooling}"
         return " and ".join(["lexical weights"] * bool(self.lexical) + [codes] * bool(self.colbert))
+
+
+class Readable:
+    """The collection of some passages, whose reading no other process that writes disturbs."""
+
+    def __init__(self, passages: Passages) -> None:
+        self._passages = passages
+
+    def __getattr__(self, name: str) -> Any:
+        passages = self._passages
+        if name not in {"get", "query"}:
+            return getattr(passages.collection, name)
+
+        def read(*args: Any, **options: Any) -> Any:
+            call = methodcaller(name, *args, **options)
+            return passages.connection.read(lambda: call(passages.collection))
+
+        return read
 
 
 class Passages:

@@ -328,7 +328,7 @@ class Folder:
             )
         free = shutil.disk_usage(self.real).free / 2**20
         return OSError(
-            f"Could not write to {self.path!r}, where {free:,.1f} MiB are free: {reason}. "
+            f"Could not read or write {self.path!r}, where {free:,.1f} MiB are free: {reason}. "
             "Make room if that is little, and run this again in a new process; "
             "what is stored stays."
         )

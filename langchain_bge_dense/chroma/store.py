@@ -21,7 +21,7 @@ from langchain_bge_dense.chroma.collection import (
     require_cosine,
 )
 from langchain_bge_dense.chroma.connection import Connection, without_telemetry
-from langchain_bge_dense.chroma.passages import Kept, Passages
+from langchain_bge_dense.chroma.passages import Kept, Passages, Readable
 from langchain_bge_dense.chroma.records import Record, checked_metadata, record
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from chromadb.api import ClientAPI
-    from chromadb.api.models.Collection import Collection
     from typing_extensions import Self
 
     from langchain_bge_dense._codes import Kind
@@ -144,11 +143,11 @@ class BGEM3Chroma(Chroma):
         self.__dict__["client"] = client
 
     @property
-    def _collection(self) -> Collection:
+    def _collection(self) -> Any:
         """The collection, as it is in Chroma now."""
         if self._chroma_collection is None:
             return super()._collection
-        return self._passages.collection
+        return Readable(self._passages)
 
     @property
     def lexical(self) -> bool:
@@ -312,16 +311,6 @@ class BGEM3Chroma(Chroma):
         self._collection_metadata = {**(self._collection_metadata or {}), **kept}
         super().reset_collection()
         self._passages.restart(self._chroma_collection)  # type: ignore[arg-type]
-
-    def get(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Stored documents, as `Chroma.get` gives them.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").get()["ids"]
-            []
-        """
-        return self._passages.connection.read(lambda: super(BGEM3Chroma, self).get(*args, **kwargs))
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """Stored documents by their ids; those that are not stored are left out.

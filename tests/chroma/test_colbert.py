@@ -420,7 +420,7 @@ def test_a_full_disk_stores_neither_codes_nor_passages(
     documents = [Document(f"part {n} " * 20, id=str(n)) for n in range(200)]
     with monkeypatch.context() as patch:
         patch.setattr(colbert_module, "_SCHEMA", f"{_SCHEMA} PRAGMA max_page_count = 24;")
-        with pytest.raises(OSError, match=r"Could not write to .* full.*Make room"):
+        with pytest.raises(OSError, match=r"Could not read or write .* full.*Make room"):
             index_documents(store, documents, batch_size=20)
     stored = store.get()
     assert 0 < len(stored["ids"]) < 200

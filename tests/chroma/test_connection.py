@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from chromadb.api.models.Collection import Collection
+from chromadb.errors import InternalError
 from hashed_embeddings import HashedEmbeddings
 from langchain_core.documents import Document
 
@@ -116,6 +118,26 @@ def test_a_reader_that_may_not_open_again_yet_gives_whole_documents(
         assert all(d.page_content for d in found)
         writer.run("store.add_texts(['part new'], ids=['new'])")
         assert "new" in {d.id for d in retriever.invoke("part new")}  # by its words
+
+
+@pytest.mark.parametrize(
+    "search",
+    ["similarity_search", "similarity_search_with_score", "max_marginal_relevance_search"],
+)
+def test_a_search_that_a_writer_disturbs_is_made_again_without_it(tmp_path, monkeypatch, search):
+    store = open_chroma(HashedEmbeddings(), "notes", persist_directory=tmp_path)
+    store.add_texts(["part one"])
+    query, locked = Collection.query, []
+
+    def disturbed(self, **options):
+        locked.append(store._passages.connection.folder._access_lock.is_locked)
+        if len(locked) == 1:
+            raise InternalError  # as where an id is not found
+        return query(self, **options)
+
+    monkeypatch.setattr(Collection, "query", disturbed)
+    assert len(getattr(store, search)("part")) == 1
+    assert locked == [False, True]
 
 
 @pytest.mark.usefixtures("_at_once")
