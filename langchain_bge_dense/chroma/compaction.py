@@ -59,7 +59,8 @@ def compact(store: BGEM3Chroma) -> CompactResult:
     of deleted passages are in any file afterwards, nor their words in Chroma's full-text index. It
     takes as long as `index_vectors` of the same passages, and room for a second copy. Killed at any
     moment it leaves the old collection or the new one. The collection's id changes; stores that are
-    open follow by themselves.
+    open follow by themselves, and threads of this process that write wait. On a server nobody may
+    write from elsewhere meanwhile: it would be lost.
 
     Args:
         store: A store of `open_chroma`.
@@ -83,19 +84,25 @@ def compact(store: BGEM3Chroma) -> CompactResult:
     connection, folder = passages.connection, passages.connection.folder
     connection.acquire_writer()
     before = folder.size() if folder else 0
-    collection = passages.collection
-    with folder.named_errors() if folder else contextlib.nullcontext():
-        ids = collection.get(include=[])["ids"]
-        keys = [key for page in batch_iterate(_PAGE, ids) for key in passages.keys(page)]
-        for companion in passages.companions:
-            companion.compact(keys, partial(_replace, connection))
-        _replace(connection, collection, lambda copy: _copy(collection, copy, ids))
-    connection.reopen()
-    if folder:
-        folder.vacuum()
-    done = CompactResult(len(ids), before, folder.size() if folder else 0)
+    with connection.writing, folder.named_errors() if folder else contextlib.nullcontext():
+        count = _write_anew(passages)
+        connection.reopen()
+        if folder:
+            folder.vacuum()
+    done = CompactResult(count, before, folder.size() if folder else 0)
     logger.info("Compacted: %s", done)
     return done
+
+
+def _write_anew(passages: Passages) -> int:
+    """Replace all collections of some passages; gives how many passages there are."""
+    collection, replace = passages.collection, partial(_replace, passages.connection)
+    ids = collection.get(include=[])["ids"]
+    keys = [key for page in batch_iterate(_PAGE, ids) for key in passages.keys(page)]
+    for companion in passages.companions:
+        companion.compact(keys, replace)
+    replace(collection, lambda copy: _copy(collection, copy, ids))
+    return len(ids)
 
 
 def _replace(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -141,14 +142,13 @@ class CollectionCompanion(Companion):
         return self._opened
 
     def _upsert(self, ids: Sequence[str], metadatas: Sequence[Mapping[str, Any]]) -> None:
-        collection = self.collection(create=True)
         columns: Any = {"ids": ids, "embeddings": no_vectors(len(ids)), "metadatas": metadatas}
+        collection = partial(self.collection, create=True)
         self.connection.write(collection, len(ids), lambda c: c.upsert(**columns))
 
     def _delete(self, ids: Sequence[str]) -> None:
-        collection = self.collection()
-        if collection is not None and ids:
-            self.connection.write(collection, len(ids), lambda c: c.delete(ids=list(ids)))
+        if ids and self.collection() is not None:
+            self.connection.write(self.collection, len(ids), lambda c: c.delete(ids=list(ids)))
 
 
 def key_of(passage: str, text: str) -> str:

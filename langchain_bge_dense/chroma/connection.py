@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +41,7 @@ COPY = ".compact"
 COMPLETE = "complete_copy"
 """Key in its metadata: whether it holds all."""
 _LONGEST_NAME = 512
+_ATTEMPTS = 10  # at reading beside a process that writes
 
 RETRYING = Retrying(
     retry=retry_if_exception_type((httpx.TransportError, RateLimitError)),
@@ -82,6 +84,8 @@ class Connection:
         self, client: ClientAPI, folder: Folder | None, names: dict[str, str] | None
     ) -> None:
         self.client, self.folder = client, folder
+        # Held while passages and what belongs to them are written, and during a compaction.
+        self.writing = folder.writing if folder else threading.RLock()
         self.generation = 0
         self._names = names
         self._process = os.getpid()
@@ -192,31 +196,34 @@ class Connection:
             self._reconnect(reopen=True)
 
     def write(
-        self, collection: Collection | None, records: int, call: Callable[[Any], object]
+        self, collection: Callable[[], Any], records: int, call: Callable[[Any], object]
     ) -> None:
         """Call a collection to write to it: recoverable in a folder, patient with a server.
 
         Args:
-            collection: Of this connection.
+            collection: Gives the collection, as it is now.
             records: How many it writes.
             call: Takes the collection.
         """
         if self.folder is None:
-            retried(lambda: call(collection))
+            retried(lambda: self.read(lambda: call(collection())))
         else:
-            with self.folder.write(collection, records):  # type: ignore[arg-type]
-                call(collection)
+            found = collection()
+            with self.folder.write(found, records):
+                call(found)
 
     def read(self, call: Callable[[], T]) -> T:
-        """Call Chroma, and again if its index lacks what another process has just written."""
-        try:
-            return call()
-        except InternalError:
-            if self.folder is None or self._names is None:
-                raise
-            self._reconnect(reopen=True)
-            with self.exclusive():
+        """Call Chroma, and again if another process has just written or compacted."""
+        for _ in range(_ATTEMPTS - 1):
+            try:
                 return call()
+            except NotFoundError:  # noqa: PERF203 - what fails is rare
+                self.reopen()
+            except InternalError:
+                if self.folder is None or self._names is None:
+                    raise
+                self.reopen()
+        return call()
 
     def reopen(self) -> None:
         """Read everything again."""

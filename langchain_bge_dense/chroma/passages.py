@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import uuid
-from functools import partial
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -30,7 +29,7 @@ from langchain_bge_dense.chroma.lexical import LexicalWeights
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from chromadb.api.models.Collection import Collection
     from langchain_core.embeddings import Embeddings
@@ -333,19 +332,23 @@ class Passages:
         """
         _check_finite(records, encoded.vectors)
         keys = [r.key for r in records]
-        for companion in self.companions:
-            companion.add(keys, encoded)
+        former = {key_of(r.id, stored[r.id][0]) for r in records if r.id in stored}
+        cuts = zip(keys, encoded.truncated_at or [None] * len(keys), strict=True)
         columns = {
             "ids": [r.id for r in records],
             "documents": [r.text for r in records],
             "metadatas": [_replacing(r, stored) for r in records],
             "embeddings": encoded.vectors,
         }
-        self.connection.write(self.collection, len(keys), lambda c: c.upsert(**columns))
-        former = {key_of(r.id, stored[r.id][0]) for r in records if r.id in stored}
-        self._remove(sorted(former.difference(keys)))
-        cuts = encoded.truncated_at or [None] * len(keys)
-        self.truncations.remove([key for key, cut in zip(keys, cuts, strict=True) if cut is None])
+        with self.connection.writing:
+            for companion in self.companions:
+                companion.add(keys, encoded)
+            self._write(len(keys), methodcaller("upsert", **columns))
+            self._remove(sorted(former.difference(keys)))
+            self.truncations.remove([key for key, cut in cuts if cut is None])
+
+    def _write(self, count: int, call: Callable[[Collection], object]) -> None:
+        self.connection.write(lambda: self.collection, count, call)
 
     def _remove(self, keys: Sequence[str]) -> None:
         if keys:
@@ -365,8 +368,9 @@ class Passages:
         ids = self._get(**which, include=[])["ids"]
         for batch in batch_iterate(self.batch_size(), ids):
             keys = self.keys(batch)
-            self.connection.write(self.collection, len(batch), partial(_delete, ids=batch))
-            self._remove(keys)
+            with self.connection.writing:
+                self._write(len(batch), methodcaller("delete", ids=batch))
+                self._remove(keys)
 
     def drop(self) -> None:
         """Delete the collection and all that belongs to it."""
@@ -393,15 +397,12 @@ class Passages:
             lacking = [key for key in texts if not all(key in found for found in present)]
             if lacking:
                 encoded = self.encode([texts[key] for key in lacking], dense=False)
-                for companion, found in zip(self.kept, present, strict=True):
-                    if not found.issuperset(lacking):
-                        companion.add(lacking, encoded)
+                with self.connection.writing:
+                    for companion, found in zip(self.kept, present, strict=True):
+                        if not found.issuperset(lacking):
+                            companion.add(lacking, encoded)
             added += len(lacking)
         return added
-
-
-def _delete(collection: Collection, ids: list[str]) -> None:
-    collection.delete(ids=ids)
 
 
 def _check_finite(records: Sequence[Record], vectors: NDArray[np.float32]) -> None:

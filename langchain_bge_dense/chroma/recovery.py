@@ -91,6 +91,7 @@ class Folder:
     def __init__(self, real: str, path: str) -> None:
         self.real, self.path = Path(real), path
         self.lock = threading.RLock()
+        self.writing = threading.RLock()
         self.generation = 0
         self._stale_until = 0.0
         self._writers: set[int] = set()

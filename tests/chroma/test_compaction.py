@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import time
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 import chromadb
 import numpy as np
@@ -15,7 +17,7 @@ from hashed_embeddings import HashedEmbeddings
 from langchain_core.documents import Document
 
 from langchain_bge_dense import BGEM3Retriever
-from langchain_bge_dense.chroma import compact, hnsw, index_documents, open_chroma
+from langchain_bge_dense.chroma import compact, compaction, hnsw, index_documents, open_chroma
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,6 +131,35 @@ def test_what_plain_chroma_wrote_beyond_its_elements_goes_too(tmp_path):
         assert min(room(tmp_path).values()) > 0
         compact(store)
     assert list(room(tmp_path).values()) == [0] * 2
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_threads_that_write_wait_for_it(tiny, tmp_path, monkeypatch, folder):
+    place = {"persist_directory": tmp_path} if folder else {}
+    store = open_chroma(tiny, "notes", lexical=True, colbert=True, **place)
+    store.add_texts(["part one", "part two"], ids=["1", "2"])
+    copy, writers = compaction._copy, []
+
+    def slow_copy(*arguments: Any) -> None:
+        copy(*arguments)
+        for write in (
+            lambda: store.add_texts(["part three"], ids=["3"]),
+            lambda: store.delete(["1"]),
+        ):
+            writers.append(Thread(target=write))
+            writers[-1].start()
+        time.sleep(0.3)
+
+    monkeypatch.setattr(compaction, "_copy", slow_copy)
+    assert compact(store).passages == 2
+    for writer in writers:
+        writer.join()
+    assert sorted(store.get()["ids"]) == ["2", "3"]
+    retriever = BGEM3Retriever(vectorstore=store, k=5, scores=True)
+    found = {d.id: d.metadata for d in retriever.invoke("part")}  # a warning is an error
+    assert found.keys() == {"2", "3"}
+    assert all(metadata["bge_m3_lexical_score"] > 0 for metadata in found.values())
+    store.close()
 
 
 def test_documents_without_metadata_and_an_empty_store(tmp_path):

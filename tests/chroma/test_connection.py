@@ -124,20 +124,24 @@ def test_a_reader_that_may_not_open_again_yet_gives_whole_documents(
     "search",
     ["similarity_search", "similarity_search_with_score", "max_marginal_relevance_search"],
 )
-def test_a_search_that_a_writer_disturbs_is_made_again_without_it(tmp_path, monkeypatch, search):
+def test_a_search_that_a_writer_disturbs_is_made_again(tmp_path, monkeypatch, search):
     store = open_chroma(HashedEmbeddings(), "notes", persist_directory=tmp_path)
     store.add_texts(["part one"])
-    query, locked = Collection.query, []
+    query, calls = Collection.query, []
 
     def disturbed(self, **options):
-        locked.append(store._passages.connection.folder._access_lock.is_locked)
-        if len(locked) == 1:
+        calls.append(self)
+        if len(calls) < 5:
             raise InternalError  # as where an id is not found
         return query(self, **options)
 
     monkeypatch.setattr(Collection, "query", disturbed)
     assert len(getattr(store, search)("part")) == 1
-    assert locked == [False, True]
+    assert len(set(map(id, calls))) == 5  # each on a folder that was opened again
+    calls[:] = []
+    monkeypatch.setattr(Collection, "query", lambda *_a, **_k: disturbed(calls.clear()))
+    with pytest.raises(InternalError):
+        getattr(store, search)("part")
 
 
 @pytest.mark.usefixtures("_at_once")

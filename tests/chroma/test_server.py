@@ -16,7 +16,8 @@ from hashed_embeddings import HashedEmbeddings
 from langchain_core.documents import Document
 from tenacity import stop_after_attempt, wait_fixed
 
-from langchain_bge_dense.chroma import connection, index_documents, open_chroma
+from langchain_bge_dense import BGEM3Retriever
+from langchain_bge_dense.chroma import compact, connection, index_documents, open_chroma
 
 SCRIPT = Path(__file__).parents[1] / "indexing_process.py"
 
@@ -47,6 +48,28 @@ def test_round_trip(place):
     assert found["passage 3"] == {"number": 3, "tags": ["a"]}
     assert found["bare"] == {}
     assert index_documents(again, passages(6)).skipped == 5
+
+
+def test_stores_of_others_follow_a_compaction(place, tiny):
+    store, other = (
+        open_chroma(tiny, "followed", lexical=True, colbert=True, **place) for _ in range(2)
+    )
+    store.add_texts(["part one", "part two"], ids=["1", "2"])
+    retriever = BGEM3Retriever(vectorstore=other, k=5)
+    calls = [
+        lambda: other.similarity_search("part"),
+        lambda: retriever.invoke("part"),
+        lambda: other.get()["ids"],
+        lambda: other.get_by_ids(["1", "2"]),
+        lambda: other.add_texts(["part two", "part three"], ids=["2", "3"]),
+        lambda: other.update_documents(["3"], [Document("part four")]) or [1, 2],
+        lambda: other.delete(["3"]) or [1, 2],
+        lambda: retriever.invoke("part"),
+    ]
+    for call in calls:
+        compact(store)
+        assert len(call()) == 2
+    assert sorted(store.get()["documents"]) == ["part one", "part two"]
 
 
 def test_other_embeddings_are_refused(place):
