@@ -196,7 +196,7 @@ def _load_flag_model(checkpoint: Checkpoint, pooling: str) -> BGEM3FlagModel:
 
     folder = checkpoint.folder
     tokenizer = next(folder / name for name in TOKENIZERS if (folder / name).exists())
-    with _quiet_lock, _quiet_transformers():
+    with _quiet_transformers():
         check_weights(checkpoint)
         # What is left to go wrong is the tokenizer.
         with Parsing(tokenizer, RuntimeError, ImportError):
@@ -221,13 +221,14 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging_module
 
     transformers_logging: Any = transformers_logging_module
-    level = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()
+    with _quiet_lock:
+        level = transformers_logging.get_verbosity()
+        bar = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(level)
+            if bar:
+                transformers_logging.enable_progress_bar()

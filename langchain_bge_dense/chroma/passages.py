@@ -105,7 +105,7 @@ class Kept(NamedTuple):
 
 
 class Readable:
-    """The collection of some passages, whose reading no other process that writes disturbs."""
+    """The collection of passages, read again where another process has written meanwhile."""
 
     def __init__(self, passages: Passages) -> None:
         self._passages = passages
@@ -270,16 +270,15 @@ class Passages:
             stored: What is stored under their ids.
             kept: What would be stored with them.
         """
-        equal = [r for r in records if r.id in stored and r.equals(*stored[r.id])]
+        equal = {r.key: r for r in records if r.id in stored and r.equals(*stored[r.id])}
         for companion in kept:
-            present = companion.present([r.key for r in equal])
-            equal = [r for r in equal if r.key in present]
-        lengths = self.truncations.lengths([r.key for r in equal])
+            equal = {key: equal[key] for key in companion.present(list(equal))}
+        lengths = self.truncations.lengths(list(equal))
         room = getattr(underlying(self.embeddings), "max_length", None)
         return {
             r.id
-            for r in equal
-            if not lengths.get(r.key) or (room is not None and room <= lengths[r.key])
+            for key, r in equal.items()
+            if not lengths.get(key) or (room is not None and room <= lengths[key])
         }
 
     def encode(self, texts: Sequence[str], *, dense: bool = True) -> Encoded:
@@ -375,7 +374,7 @@ class Passages:
     def drop(self) -> None:
         """Delete the collection and all that belongs to it."""
         name = self.collection.name
-        with self.connection.exclusive():
+        with self.connection.writing, self.connection.exclusive():
             for companion in self.companions:
                 companion.drop()
             for deleted in (name, f"{name}{COPY}"):

@@ -24,6 +24,7 @@ from chromadb.api.shared_system_client import SharedSystemClient
 from chromadb.errors import InternalError
 from filelock import FileLock, Timeout
 
+from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense.chroma import hnsw
 from langchain_bge_dense.chroma.collection import local_client
 
@@ -38,7 +39,7 @@ _STALE_SECONDS = 1.0  # how old what a process reads may be, while another one w
 _REOPENING_SHARE = 0.2  # of the time that a process spends on opening the folder again
 
 _folders: dict[str, Folder] = {}
-_folders_lock = threading.RLock()
+_folders_lock = forkable_lock()
 _inherited: list[
     object
 ] = []  # systems of the parent process: a child can neither use nor stop them

@@ -138,8 +138,11 @@ def test_a_search_that_a_writer_disturbs_is_made_again(tmp_path, monkeypatch, se
     monkeypatch.setattr(Collection, "query", disturbed)
     assert len(getattr(store, search)("part")) == 1
     assert len(set(map(id, calls))) == 5  # each on a folder that was opened again
-    calls[:] = []
-    monkeypatch.setattr(Collection, "query", lambda *_a, **_k: disturbed(calls.clear()))
+
+    def damaged(self, **options):
+        raise InternalError
+
+    monkeypatch.setattr(Collection, "query", damaged)
     with pytest.raises(InternalError):
         getattr(store, search)("part")
 
