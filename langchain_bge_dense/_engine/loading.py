@@ -17,6 +17,7 @@ from langchain_bge_dense._engine.checkpoint import (
     check_weights,
 )
 from langchain_bge_dense._engine.encoder import Encoder, Heads
+from langchain_bge_dense._engine.flag import flag_model_class
 from langchain_bge_dense._engine.layers import MODEL_TYPES, PackedEncoder, PaddedEncoder
 from langchain_bge_dense._engine.linear import LinearFactory
 from langchain_bge_dense._engine.locks import forkable_lock
@@ -192,15 +193,13 @@ def _refuse_int8(dtype: str, model_type: str) -> None:
 
 def _load_flag_model(checkpoint: Checkpoint, pooling: str) -> BGEM3FlagModel:
     """Load weights in float32, mapped from their file where it is safetensors."""
-    from FlagEmbedding import BGEM3FlagModel
-
     folder = checkpoint.folder
     tokenizer = next(folder / name for name in TOKENIZERS if (folder / name).exists())
     with _quiet_transformers():
         check_weights(checkpoint)
         # What is left to go wrong is the tokenizer.
         with Parsing(tokenizer, RuntimeError, ImportError):
-            flag = BGEM3FlagModel(
+            flag = flag_model_class()(
                 str(folder), use_fp16=False, devices="cpu", pooling_method=pooling
             )
     rows = flag.model.model.get_input_embeddings().num_embeddings
@@ -218,6 +217,9 @@ def _quiet_transformers() -> Iterator[None]:
 
     One thread at a time: these settings are of the whole process.
     """
+    # Where another thread is importing it for the first time this waits; names taken from it
+    # meanwhile (`from transformers import`) would come from a module that it replaces at its end.
+    import transformers  # noqa: F401
     from transformers.utils import logging as transformers_logging_module
 
     transformers_logging: Any = transformers_logging_module
