@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+NEWEST := .venv-newest
 MUTANTS := .cache/mutants
 INSTALL := -m pip install --quiet --disable-pip-version-check
 COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.10 --no-annotate --no-header pyproject.toml
@@ -12,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_CONSTRAINT PIP_TARGET PIP_PREFIX 
 export PYTHONNOUSERSITE := 1
 export QUERY
 
-.PHONY: help demo test soak lint type format mutants constraints test-lowest clean
+.PHONY: help demo test soak lint type format mutants constraints test-lowest test-newest clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -67,6 +68,15 @@ constraints: $(VENV)/.dev ## pin what pyproject.toml now asks for: newest and lo
 test-lowest: $(LOWEST)/.lowest ## run the tests on the lowest versions allowed; with Python 3.10
 	$(LOWEST)/bin/python -m pytest $(ARGS)
 
+test-newest: $(NEWEST)/torch.txt ## run the tests on the newest versions allowed, and PyTorch as pinned
+	$(NEWEST)/bin/python $(INSTALL) --upgrade --upgrade-strategy eager --constraint $< --editable ".[test]"
+	$(NEWEST)/bin/python -m pip list --format=freeze
+	$(NEWEST)/bin/python -m pytest $(ARGS)
+
+# A newer PyTorch may come with gigabytes of CUDA where the pinned one is at hand without.
+$(NEWEST)/torch.txt: constraints.txt | $(NEWEST)/.made
+	grep '^torch==' $< > $@
+
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev: EXTRAS := dev,test
 $(LOWEST)/.lowest: EXTRAS := test
@@ -83,5 +93,5 @@ $(VENV)/.demo $(VENV)/.dev $(LOWEST)/.lowest:
 	@touch $@
 
 clean: ## remove everything that these targets made
-	rm -rf $(VENV) $(LOWEST) .cache build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) .cache build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

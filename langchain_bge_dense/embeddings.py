@@ -175,9 +175,8 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             FileNotFoundError: The checkpoint's files are no longer where they were loaded from.
 
         Example:
-            >>> from FlagEmbedding import BGEM3FlagModel
-            >>> flag = BGEM3FlagModel(checkpoint, use_fp16=False, devices="cpu")
-            >>> BGEM3Embeddings.from_flag_model(flag).pooling
+            >>> embeddings = BGEM3Embeddings.from_flag_model(flag)
+            >>> embeddings.pooling
             'cls'
         """
         from langchain_bge_dense._engine.engine import wrap

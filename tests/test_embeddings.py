@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from reference import flag_model
 
 from langchain_bge_dense import BGEM3Embeddings
 
@@ -347,12 +348,9 @@ def test_equality_depends_on_the_fields_alone(tiny_checkpoint: Path) -> None:
 
 
 def test_instructions_of_a_callers_model_are_taken_over(tiny_checkpoint: Path) -> None:
-    from FlagEmbedding import BGEM3FlagModel
 
-    flag = BGEM3FlagModel(
-        str(tiny_checkpoint),
-        use_fp16=False,
-        devices="cpu",
+    flag = flag_model(
+        tiny_checkpoint,
         query_instruction_for_retrieval="find",
         query_instruction_format="<{}> {}",
     )

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from reference import flag_model
 
 import langchain_bge_dense
 
@@ -59,6 +60,7 @@ def test_the_examples_in_docstrings_run(
     given = {
         "BGEM3Embeddings": langchain_bge_dense.BGEM3Embeddings,
         "checkpoint": str(tiny_checkpoint),
+        "flag": flag_model(tiny_checkpoint),
     }
     assert doctest.testmod(module, extraglobs=given).failed == 0
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from reference import flag_model
 
 from langchain_bge_dense import BGEM3Embeddings, M3Encoding
 
@@ -59,9 +60,7 @@ def corpus() -> list[str]:
 
 @pytest.fixture(scope="module")
 def flag(tiny_checkpoint: Path) -> BGEM3FlagModel:
-    from FlagEmbedding import BGEM3FlagModel
-
-    return BGEM3FlagModel(str(tiny_checkpoint), use_fp16=False, devices="cpu")
+    return flag_model(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +142,7 @@ def test_tokens_and_cuts_equal_the_tokenizers_own(
 
 
 def test_without_normalisation_vectors_have_the_references_length(tiny_checkpoint: Path) -> None:
-    from FlagEmbedding import BGEM3FlagModel
-
-    flag = BGEM3FlagModel(
-        str(tiny_checkpoint), use_fp16=False, devices="cpu", normalize_embeddings=False
-    )
+    flag = flag_model(tiny_checkpoint, normalize_embeddings=False)
     expected = flag.encode(["free and equal"], return_colbert_vecs=True)
     ours = BGEM3Embeddings(
         model=tiny_checkpoint, device="cpu", dtype="float32", normalize=False

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from langchain_core.documents import Document
 from pydantic import ValidationError
+from reference import flag_model
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Reranker
 
@@ -25,9 +26,8 @@ def documents() -> list[Document]:
 
 
 def test_scores_equal_flagembeddings(tiny: BGEM3Embeddings, tiny_checkpoint: Path) -> None:
-    from FlagEmbedding import BGEM3FlagModel
 
-    flag = BGEM3FlagModel(str(tiny_checkpoint), use_fp16=False, devices="cpu")
+    flag = flag_model(tiny_checkpoint)
     expected = flag.compute_score(
         [(QUERY, text) for text in TEXTS], weights_for_different_modes=[0.4, 0.2, 0.4]
     )

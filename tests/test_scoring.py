@@ -5,9 +5,9 @@ import sys
 
 import numpy as np
 import pytest
-from FlagEmbedding import BGEM3FlagModel
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import flag_model
 
 from langchain_bge_dense._scoring import (
     SCORE_KEYS,
@@ -37,7 +37,7 @@ LEXICAL = st.dictionaries(st.integers(4, 12), st.floats(0, 4, width=32), max_siz
 
 @pytest.fixture(scope="module")
 def flag(tiny_checkpoint):
-    return BGEM3FlagModel(str(tiny_checkpoint), use_fp16=False, devices="cpu")
+    return flag_model(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")

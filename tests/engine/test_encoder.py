@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from reference import flag_model
 from safetensors.torch import load_file, save_file
 
 from langchain_bge_dense import BGEM3Embeddings
@@ -263,9 +264,8 @@ def scaled(checkpoint: Path, folder: Path, module: str, factor: float) -> Path:
 
 
 def test_a_wrapped_model_is_computed_again_from_its_own_weights(tiny_checkpoint: Path) -> None:
-    from FlagEmbedding import BGEM3FlagModel
 
-    flag = BGEM3FlagModel(str(tiny_checkpoint), use_fp16=False, devices="cpu")
+    flag = flag_model(tiny_checkpoint)
     flag.model.half()
     from langchain_bge_dense._engine.checkpoint import read_checkpoint
     from langchain_bge_dense._engine.loading import wrap_flag_model

@@ -14,6 +14,7 @@ from threading import Event
 
 import pytest
 import torch
+from reference import flag_model
 from safetensors.torch import save_file
 from tiny_m3 import write_heads
 from transformers import MPNetConfig, MPNetModel
@@ -170,13 +171,12 @@ def mpnet(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_another_type_runs_by_its_own_module(mpnet: Path) -> None:
-    from FlagEmbedding import BGEM3FlagModel
 
     texts = ["free and equal", "", "<pad> rights"]
     embeddings = BGEM3Embeddings(model=mpnet, device="cpu", dtype="float32")
     assert isinstance(embeddings.load()._engine.encoder._layers, PaddedEncoder)
     found = embeddings.encode(texts, lexical=True, colbert=True)
-    flag = BGEM3FlagModel(str(mpnet), use_fp16=False, devices="cpu")
+    flag = flag_model(mpnet)
     # Text by text: FlagEmbedding's padding would be attended to where a text spells it out.
     for index, text in enumerate(texts):
         expected = flag.encode([text], return_sparse=True, return_colbert_vecs=True)
