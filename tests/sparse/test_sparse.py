@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -259,16 +257,3 @@ def test_the_same_side_twice_is_computed_twice(
 def test_an_empty_text_has_no_weights(embeddings: BGEM3Embeddings) -> None:
     assert BGEM3QdrantSparse(embeddings).embed_query("").indices == []
     assert BGEM3MilvusSparse(embeddings).embed_documents([""]) == [{}]
-
-
-@pytest.mark.parametrize(
-    ("name", "extra"), [("BGEM3QdrantSparse", "qdrant"), ("BGEM3MilvusSparse", "milvus")]
-)
-def test_a_missing_extra_is_named(name: str, extra: str) -> None:
-    code = (
-        f"import sys; sys.modules['langchain_{extra}'] = None\n"
-        f"from langchain_bge_dense import sparse\n"
-        f"try:\n    sparse.{name}\nexcept ImportError as error:\n    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f'pip install "langchain-bge-dense[{extra}]"' in done.stdout
