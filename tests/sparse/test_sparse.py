@@ -256,4 +256,27 @@ def test_the_same_side_twice_is_computed_twice(
 
 def test_an_empty_text_has_no_weights(embeddings: BGEM3Embeddings) -> None:
     assert BGEM3QdrantSparse(embeddings).embed_query("").indices == []
-    assert BGEM3MilvusSparse(embeddings).embed_documents([""]) == [{}]
+    assert BGEM3MilvusSparse(embeddings).embed_query("") == {}
+
+
+@pytest.mark.parametrize("weightless", ["🦊", ""])
+def test_milvus_takes_texts_without_weights_and_their_words_find_others(
+    embeddings: BGEM3Embeddings, tmp_path: Path, weightless: str
+) -> None:
+    from langchain_milvus import Milvus
+
+    assert embeddings.encode([weightless], lexical=True).lexical == [{}]
+    store = Milvus.from_texts(
+        [weightless, *TEXTS],
+        BGEM3MilvusSparse(embeddings),
+        vector_field="sparse",
+        index_params={"index_type": "SPARSE_INVERTED_INDEX", "metric_type": "IP"},
+        search_params={"metric_type": "IP"},
+        connection_args={"uri": str(tmp_path / "milvus.db")},
+        consistency_level="Strong",
+    )
+    (best, score), *others = store.similarity_search_with_score(PART, k=5)
+    assert best.page_content == TEXTS[2]
+    assert score > 0
+    assert [found for found, score in others if found.page_content == weightless and score] == []
+    store.similarity_search(weightless, k=1)
