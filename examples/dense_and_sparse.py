@@ -1,4 +1,6 @@
-"""See what BGE-M3 makes of one passage: a dense vector and lexical weights, of one forward pass.
+"""Needs the extra demo: in a clone, pip install ".[demo]".
+
+See what BGE-M3 makes of one passage: a dense vector and lexical weights, of one forward pass.
 
 python examples/dense_and_sparse.py                    # BAAI/bge-m3, a Chinese passage
 python examples/dense_and_sparse.py --model ./bge-m3   # a checkpoint folder
@@ -8,8 +10,10 @@ python examples/dense_and_sparse.py --small            # a small English model, 
 import sys
 from itertools import islice
 
+import needs  # noqa: F401 - says what is missing
+
 from command_line import exit_status, find_model, model_options
-from display import console, write
+from display import console, quoted, write
 
 from langchain_bge_dense import BGEM3Embeddings
 
@@ -33,7 +37,7 @@ def show(embeddings: BGEM3Embeddings, passage: str) -> None:
     write(out, " ".join(f"{value:.4f}" for value in vector[:10]))
     write(out, f"\nLexical weights: {len(weights)}, the ten largest:")
     for token, weight in islice(embeddings.tokens(weights).items(), 10):
-        write(out, f"{weight:.4f}  {token}")
+        write(out, f"{weight:.4f}  {quoted(token)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

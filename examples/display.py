@@ -31,6 +31,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 
+def quoted(token: str) -> str:
+    """Quote a token that stands beside a number, which a hyphen would make a negative one."""
+    return f'"{plain(token)}"'
+
+
 def plain(text: str) -> str:
     """Bring a text to one line of printable characters."""
     return " ".join(printable(text).split())

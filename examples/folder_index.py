@@ -73,15 +73,10 @@ def open_collection(embeddings: BGEM3Embeddings, db: Path, folder: Path) -> Chro
 
 def index_folder(store: Chroma, folder: Path, *, lexical: bool = False) -> str:
     """Bring a collection up to date with a folder, and say in a line what that took."""
-    loader = FolderLoader(folder)
-    current = set()
-
-    def passages() -> Iterator[Document]:
-        for passage in split(loader.lazy_load(), store.embeddings):
-            current.add(key(passage.page_content, passage.metadata))
-            yield passage
-
-    result = index_documents(store, passages(), show_progress=True, lexical=lexical or None)
+    loader = FolderLoader(folder, show_progress=True)
+    passages = list(split(loader.lazy_load(), store.embeddings))  # their number tells how far it is
+    current = {key(passage.page_content, passage.metadata) for passage in passages}
+    result = index_documents(store, passages, show_progress=True, lexical=lexical or None)
     removed = remove_stale(store, current, loader.failed)
     return f"{folder}: {len(current)} passages, {result.added} new, {removed} removed"
 

@@ -1,4 +1,4 @@
-"""A LangChain loader for a folder of .md, .txt, .csv, .json, .html and .pdf files.
+"""A LangChain loader for a folder of .md, .txt, .csv, .json, .jsonl, .html, .docx and .pdf files.
 
 It takes the place of the loaders of langchain-community, which is no longer maintained.
 """
@@ -7,21 +7,25 @@ import csv
 import json
 import logging
 import os
+import re
 import struct
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
+from xml.parsers.expat import ExpatError
+from zipfile import BadZipFile
 
+import mammoth
 from bs4 import BeautifulSoup
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 from markdownify import MarkdownConverter
 from pypdf import PdfReader
 from pypdf.errors import DependencyError, DeprecationError, PyPdfError
+from tqdm import tqdm
 
 Pieces: TypeAlias = Iterator[tuple[str, dict[str, Any]]]  # texts and their metadata
 
@@ -37,6 +41,12 @@ PDF_ERRORS = (
     *(struct.error, zlib.error),
 )
 
+# On damaged .docx files, mammoth into those of the archive and of its parts.
+DOCX_ERRORS = (BadZipFile, ExpatError, AttributeError, LookupError, TypeError, zlib.error)
+
+NAMED = 5  # of the files that are left out
+DELIMITERS = ",;\t|"
+
 UNSEEN = ["script", "style", "template", "noscript"]
 UNMARKED = ["a", "b", "code", "em", "i", "img", "strong"]  # text that stands without Markdown
 
@@ -44,16 +54,22 @@ UNMARKED = ["a", "b", "code", "em", "i", "img", "strong"]  # text that stands wi
 class FolderLoader(BaseLoader):
     """Reads a folder and what is below it into documents, one file at a time, sorted by name.
 
-    A document is a whole file, a page of a PDF, a row of a CSV or an item of a JSON list. Its
-    metadata says which: `source` (the path below the folder), and `page` or `row` (from 1), or
-    `pointer`. Hidden files, and files of other types, are left out.
+    A document is a whole file, a page of a PDF, a row of a CSV or of JSON Lines, or an item of a
+    JSON list. Its metadata says which: `source` (the path below the folder), and `page` or `row`
+    (from 1), or `pointer`. Hidden files, and files of other types, are left out; a warning names
+    the latter.
+
+    Args:
+        folder: The folder.
+        show_progress: Show a bar over files.
 
     Attributes:
         failed: Path below the folder to reason, for each file that the last run could not read.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, show_progress: bool = False) -> None:
         self.folder = Path(folder)
+        self.show_progress = show_progress
         self.failed: dict[str, str] = {}
 
     def lazy_load(self) -> Iterator[Document]:
@@ -63,7 +79,8 @@ class FolderLoader(BaseLoader):
             raise NotADirectoryError(msg)
         self.failed = {}
         documents = 0
-        for path in self._readable_files():
+        files = self._readable_files()
+        for path in tqdm(files, "Reading", unit=" files", disable=not self.show_progress):
             for document in self._read(path):
                 documents += 1
                 yield document
@@ -74,17 +91,14 @@ class FolderLoader(BaseLoader):
             )
             raise ValueError(msg)
 
-    def _readable_files(self) -> Iterator[Path]:
-        skipped: Counter[str] = Counter()
-        for path in self._files():
-            suffix = path.suffix.lower()
-            if suffix in CONVERTERS:
-                yield path
-            else:
-                skipped[suffix or "no suffix"] += 1
-        if skipped:
-            kinds = ", ".join(f"{suffix} {count}" for suffix, count in sorted(skipped.items()))
-            logger.info("%d files of other types left out: %s", skipped.total(), kinds)
+    def _readable_files(self) -> list[Path]:
+        files = list(self._files())
+        others = [path for path in files if path.suffix.lower() not in CONVERTERS]
+        if others:
+            named = ", ".join(map(self._source, others[:NAMED]))
+            more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+            logger.warning("Left out, as files of these types are not read: %s%s", named, more)
+        return [path for path in files if path.suffix.lower() in CONVERTERS]
 
     def _files(self) -> Iterator[Path]:
         walk = os.walk(self.folder, onerror=lambda e: self._report(Path(e.filename), e))
@@ -134,19 +148,47 @@ def _whole_text(path: Path) -> Pieces:
 
 def _csv_rows(path: Path) -> Pieces:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file)
+        rows = csv.reader(file, delimiter=_delimiter(file))
         header = next(rows, [])
         for number, cells in enumerate(rows, start=1):
             yield _lines(zip_longest(header, cells, fillvalue="")), {"row": number}
 
 
+def _delimiter(file: TextIO) -> str:
+    """Tell what stands most often between the names of the first line, the comma in doubt."""
+    header = re.sub('"[^"]*"', "", file.readline())
+    file.seek(0)
+    return max(DELIMITERS, key=header.count)
+
+
 def _json_items(path: Path) -> Pieces:
-    data = json.loads(path.read_text(encoding="utf-8-sig"))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        yield from _json_rows(path)  # JSON Lines by another name
+        return
     if not isinstance(data, list):
         yield _json_text(data), {}
         return
     for index, item in enumerate(data):
         yield _json_text(item), {"pointer": f"/{index}"}
+
+
+def _json_rows(path: Path) -> Pieces:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _json_text(_json_value(line, number)), {"row": number}
+
+
+def _json_value(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        msg = f"{error.msg}: line {number} column {error.colno}"
+        raise ValueError(msg) from error
 
 
 def _json_text(item: Any) -> str:
@@ -162,16 +204,30 @@ def _lines(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def _html_text(path: Path) -> Pieces:
+    yield _markdown(path.read_bytes())
+
+
+def _docx_text(path: Path) -> Pieces:
+    try:
+        with path.open("rb") as file:
+            html = mammoth.convert_to_html(file).value
+    except DOCX_ERRORS as error:
+        msg = f"mammoth: {error}"
+        raise ValueError(msg) from error
+    yield _markdown(html)
+
+
+def _markdown(html: str | bytes) -> tuple[str, dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # XHTML is read as HTML on purpose
-        soup = BeautifulSoup(path.read_bytes(), "html.parser")
+        soup = BeautifulSoup(html, "html.parser")
     title = " ".join(soup.title.extract().get_text().split()) if soup.title else ""
     for tag in soup(UNSEEN):
         tag.decompose()
     converter = MarkdownConverter(
         heading_style="ATX", strip=UNMARKED, escape_asterisks=False, escape_underscores=False
     )
-    yield converter.convert_soup(soup.body or soup).strip(), {"title": title} if title else {}
+    return converter.convert_soup(soup.body or soup).strip(), {"title": title} if title else {}
 
 
 def _pdf_pages(path: Path) -> Pieces:
@@ -195,7 +251,9 @@ CONVERTERS: dict[str, Callable[[Path], Pieces]] = {
     ".txt": _whole_text,
     ".csv": _csv_rows,
     ".json": _json_items,
+    ".jsonl": _json_rows,
     ".html": _html_text,
     ".htm": _html_text,
+    ".docx": _docx_text,
     ".pdf": _pdf_pages,
 }

@@ -1,4 +1,6 @@
-"""The signals of BGE-M3 side by side: dense, lexical, both, and with ColBERT, for one query.
+"""Needs the extra demo: in a clone, pip install ".[demo]".
+
+The signals of BGE-M3 side by side: dense, lexical, both, and with ColBERT, for one query.
 
 python examples/hybrid_search.py                                # the handbook, at a prompt
 python examples/hybrid_search.py --query "Which shelf is VS-2208-K on?" --html page.html
@@ -13,8 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import needs  # noqa: F401 - says what is missing
+
 from command_line import ask, check, exit_status, say, search_options
-from display import LINES, console, fit, location, printable, readable, wrap, write
+from display import LINES, console, fit, location, printable, quoted, readable, wrap, write
 from folder_index import open_documents
 from jinja2 import Environment
 from langchain_chroma import Chroma
@@ -143,8 +147,9 @@ def column(signal: Signal, passages: Sequence[Document], answer: Answer, width: 
 def weighed(word: Word) -> str:
     """Write a word down with its weight, or with those of the tokens that it is made of."""
     if len(word.tokens) == 1:
-        return f"{word.text} {word.weight:.2f}"
-    return f"{word.text} = " + " + ".join(f"{text} {w:.2f}" for _, text, w in word.tokens)
+        return f"{quoted(word.text)} {word.weight:.2f}"
+    tokens = " + ".join(f"{quoted(text)} {weight:.2f}" for _, text, weight in word.tokens)
+    return f"{quoted(word.text)} = {tokens}"
 
 
 def show_match(out: Console, match: Match, answer: Answer) -> None:
@@ -152,7 +157,9 @@ def show_match(out: Console, match: Match, answer: Answer) -> None:
     passage = match.document
     dense = f" · dense {passage.metadata['bge_m3_dense_score']:.2f}"
     write(out, Text(f"{answer.letters[passage.id]} {location(passage)}{dense}", "bold"))
-    words = [f"{text} {score:.2f}" for text, score in match.words.items() if score >= VISIBLE]
+    words = [
+        f"{quoted(text)} {score:.2f}" for text, score in match.words.items() if score >= VISIBLE
+    ]
     total = f"lexical {match.lexical_score:.2f} = {' + '.join(words) or 'no word in common'}"
     write(out, total, indent=2, lines=LINES)
     text = marked(out, passage.page_content, answer.matches.strong_marks(match))

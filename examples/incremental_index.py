@@ -1,4 +1,6 @@
-"""Keep a Chroma collection in step with a folder, by LangChain's `index()` and its record manager.
+"""Needs the extra demo: in a clone, pip install ".[demo]".
+
+Keep a Chroma collection in step with a folder, by LangChain's `index()` and its record manager.
 
 python examples/incremental_index.py notes/ --db db            # BAAI/bge-m3
 python examples/incremental_index.py notes/ --db db --small    # a small English model
@@ -13,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 from typing import Any
+
+import needs  # noqa: F401 - says what is missing
 
 from command_line import exit_status, find_model, model_options
 from folder_index import split

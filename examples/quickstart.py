@@ -1,4 +1,6 @@
-"""From a folder of text files to an answer, in a few lines to copy.
+"""Needs the extra demo: in a clone, pip install ".[demo]".
+
+From a folder of text files to an answer, in a few lines to copy.
 
 python examples/quickstart.py notes/ "What did we decide about the logo?"
 python examples/quickstart.py notes/ "Who is in charge?" --llm ollama:llama3.1    # an answer, too
@@ -8,6 +10,8 @@ python examples/quickstart.py notes/ "Who is in charge?" --llm ollama:llama3.1  
 
 import argparse
 from pathlib import Path
+
+import needs  # noqa: F401 - says what is missing
 
 from langchain.chat_models import init_chat_model
 from langchain_core.documents import Document
@@ -25,8 +29,13 @@ parser.add_argument("--llm", metavar="PROVIDER:MODEL", help="chat model that wor
 args = parser.parse_args()
 
 # Load: any LangChain loader will do.
-files = [path for path in sorted(args.folder.rglob("*")) if path.suffix in {".md", ".txt"}]
-documents = [Document(path.read_text("utf-8"), metadata={"source": str(path)}) for path in files]
+documents = []
+for path in sorted(args.folder.rglob("*")):
+    if path.suffix in {".md", ".txt"}:
+        try:
+            documents.append(Document(path.read_text("utf-8"), metadata={"source": str(path)}))
+        except UnicodeDecodeError:
+            print(f"{path} is left out: it is not UTF-8.\n")
 
 # Split into passages that are measured in the model's own tokens.
 embeddings = BGEM3Embeddings(model=args.model)
@@ -34,6 +43,8 @@ splitter = RecursiveCharacterTextSplitter(
     chunk_size=200, chunk_overlap=20, length_function=embeddings.count_tokens
 )
 passages = splitter.split_documents(documents)
+if not passages:
+    parser.error(f"{args.folder} has no .md or .txt file with text in it. Name another folder.")
 
 # Index: what the collection holds already is not embedded again.
 store = open_chroma(embeddings, "quickstart", persist_directory=args.db)

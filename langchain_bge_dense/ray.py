@@ -8,18 +8,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from langchain_bge_dense._extras import needs
+
 # Before Ray starts: it would report its usage to its makers.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-try:
+with needs("ray", __name__):
     import pyarrow as pa
     import ray
     from ray.data import ActorPoolStrategy
-except ImportError as error:
-    msg = (
-        f"langchain_bge_dense.ray needs {error.name}, which is not installed. "
-        'Install it with: pip install "langchain-bge-dense[ray]"'
-    )
-    raise ImportError(msg, name=error.name) from error
 
 from langchain_bge_dense._codes import Codec, Kind, check_kind, colbert_windows
 

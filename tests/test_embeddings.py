@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
 import re
@@ -361,3 +362,44 @@ def test_instructions_of_a_callers_model_are_taken_over(tiny_checkpoint: Path) -
     flag.query_instruction_format = "{} {} please"
     with pytest.raises(ValueError, match="please"):
         BGEM3Embeddings.from_flag_model(flag)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_kwargs": {"device": "cpu"}}, "has no field model_kwargs. Instead of model_kwargs"),
+        ({"model_kwargs": {}}, "use device, dtype, revision, token, local_files_only."),
+        ({"encode_kwargs": {}}, "Instead of encode_kwargs use normalize, batch_tokens,"),
+        ({"use_fp16": True}, 'Instead of use_fp16 use dtype="float16".'),
+        ({"normalize_embeddings": True}, "Instead of normalize_embeddings use normalize."),
+        ({"devices": "cuda:0", "batch_size": 8}, "use device. Instead of batch_size use batch_tok"),
+        ({"trust_remote_code": True}, "Leave trust_remote_code out."),
+    ],
+)
+def test_keywords_of_others_are_answered_with_the_field_here(
+    fields: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=re.escape(words)):
+        BGEM3Embeddings(**fields)
+
+
+def test_every_keyword_of_others_has_an_answer() -> None:
+    from FlagEmbedding import BGEM3FlagModel
+
+    flag = set(inspect.signature(BGEM3FlagModel.__init__).parameters) - {"self", "kwargs"}
+    hugging_face = {"model_name", "cache_folder", "show_progress", "multi_process"}
+    hugging_face |= {"model_kwargs", "encode_kwargs", "query_encode_kwargs"}
+    foreign = (flag | hugging_face) - {"model_name", *BGEM3Embeddings.model_fields}
+    assert len(foreign) > 15
+    for name in foreign:
+        with pytest.raises(
+            ValidationError, match=rf"has no field {name}\. (Instead of|Leave) {name}"
+        ):
+            BGEM3Embeddings(**{name: None})
+
+
+@pytest.mark.parametrize("fields", [{"base_url": "http://h"}, {"use_fp16": True}])
+def test_an_error_does_not_tell_secrets(fields: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        BGEM3Embeddings(token="hf_secret", **fields)  # noqa: S106
+    assert "hf_secret" not in str(caught.value)

@@ -236,7 +236,7 @@ def test_a_page_shows_what_found_what(small: BGEM3Embeddings) -> None:
     head, *shown = page.select_one(".similar").find_all(["b", "span"])
     assert head.text == f"ColBERT {match.colbert_score:.2f}"
     expected = [
-        f"{text} → {passage_text} {similarity:.2f}"
+        f"“{text}” → “{passage_text}” {similarity:.2f}"
         for text, passage_text, _, _, similarity in match.similar
         if text not in ("", "-", "?") and passage_text
     ]
@@ -271,8 +271,14 @@ def test_a_page_underlines_by_similarity() -> None:
 def test_tokens_that_look_like_tags_stay_texts() -> None:
     match = Match(Document("<i>b"), (), {}, (), (SimilarToken("<b>a", "<i>b", 0, 4, 0.5),))
     page = BeautifulSoup(Matches("", (), (match,)).to_html(), "html.parser")
-    assert page.select_one(".similar span").text == "<b>a → <i>b 0.50"
+    assert page.select_one(".similar span").text == "“<b>a” → “<i>b” 0.50"
     assert page.select_one(".text").text == "<i>b"
+
+
+def test_a_hyphen_does_not_read_as_a_minus() -> None:
+    match = Match(Document("a-b"), (), {"a": 0.2, "-": 0.1}, (), ())
+    page = BeautifulSoup(Matches("", (), (match,)).to_html(), "html.parser")
+    assert "= “a” 0.20 + “-” 0.10" in page.header.text
 
 
 def test_a_long_passage_shows_what_is_similar() -> None:
@@ -303,7 +309,7 @@ def test_hostile_texts_stay_texts(small: BGEM3Embeddings) -> None:
     assert page.h1.text == page.title.text == hostile
     assert page.select_one(".text").text == hostile
     assert page.select_one("header b").text == "1  <b>x"
-    assert "script → script " in page.select_one(".similar").text
+    assert "“script” → “script” " in page.select_one(".similar").text
     assert not page.select(".similar span > :not(bdi), bdi > :not(u), u > *")
 
 

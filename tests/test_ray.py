@@ -180,16 +180,3 @@ def test_usage_statistics_are_off():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "0"
-
-
-def test_without_the_extra():
-    code = (
-        "import sys; sys.modules['ray'] = None\n"
-        "try: import langchain_bge_dense.ray\n"
-        "except ImportError as error: print(error)"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert 'pip install "langchain-bge-dense[ray]"' in done.stdout

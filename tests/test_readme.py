@@ -61,6 +61,12 @@ def test_snippets_print_what_the_page_says(tmp_path: Path, monkeypatch: pytest.M
     names["store"].close()
 
 
+def test_what_the_snippets_and_quickstart_write_is_not_committed() -> None:
+    folders = {"db", *re.findall(r'persist_directory="(.+?)"', text())}
+    ignored = README.with_name(".gitignore").read_text("utf-8").splitlines()
+    assert {f"/{folder}/" for folder in folders} <= {*ignored}
+
+
 def test_the_settings_are_the_fields() -> None:
     fields = {name: field.default for name, field in BGEM3Embeddings.model_fields.items()}
     assert {name: eval(default) for name, default in SETTING.findall(text())} == fields  # noqa: S307

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextvars import ContextVar
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
-    from tqdm import tqdm
 
     from langchain_bge_dense._engine.checkpoint import Checkpoint
     from langchain_bge_dense._engine.outputs import M3Encoding
@@ -138,9 +138,9 @@ class BaseEngine(ABC):
         """
         texts = list(_checked(texts))
         call = Call(self, texts, Outputs(**outputs), options)
-        with contextlib.closing(call), _bar(len(texts), show=show_progress) as bar:
+        with contextlib.closing(call), _bar(len(texts), show=show_progress) as shown:
             while (request := call.advance()) is not None:
-                wait(request, bar)
+                wait(request, shown, _reported.get())
                 call.collect()
             return call.warned(call.encoding())
 
@@ -377,14 +377,32 @@ def warn_caller(message: str) -> None:
 
 
 @contextlib.contextmanager
-def _bar(total: int, *, show: bool) -> Iterator[tqdm[Any] | None]:
+def _bar(total: int, *, show: bool) -> Iterator[Callable[[int], object]]:
+    """Give what shows how many more texts have run."""
     if not show or total < 2:  # noqa: PLR2004 - one text is over before a bar says anything
-        yield None
+        yield _to_nobody
         return
     from tqdm.auto import tqdm
 
     with tqdm(total=total, unit="text", desc="Embedding") as bar:
-        yield bar
+        yield bar.update
+
+
+def _to_nobody(_texts: int) -> None:
+    pass
+
+
+_reported: ContextVar[Callable[[int], object]] = ContextVar("reported", default=_to_nobody)
+
+
+@contextlib.contextmanager
+def reporting(report: Callable[[int], object]) -> Iterator[None]:
+    """Tell how many more texts have run, each time that some have, of all calls made meanwhile."""
+    token = _reported.set(report)
+    try:
+        yield
+    finally:
+        _reported.reset(token)
 
 
 def result(future: Future[T]) -> T:
@@ -396,8 +414,8 @@ def result(future: Future[T]) -> T:
     return future.result()
 
 
-def wait(request: Running, bar: tqdm[Any] | None = None) -> None:
-    """Wait until a request has run."""
+def wait(request: Running, *reports: Callable[[int], object]) -> None:
+    """Wait until a request has run, and report how many more of its texts have."""
     shown = 0
     while True:
         if request.process != os.getpid():
@@ -405,8 +423,9 @@ def wait(request: Running, bar: tqdm[Any] | None = None) -> None:
             raise RuntimeError(msg)
         with contextlib.suppress(FutureTimeoutError):
             request.future.exception(_POLL_SECONDS)
-        if bar is not None:
-            bar.update(request.finished - shown)
-            shown = request.finished
+        if more := request.finished - shown:
+            for report in reports:
+                report(more)
+            shown += more
         if request.future.done():
             return

@@ -7,10 +7,12 @@ what is cancelled there hangs up, and the server drops the texts that have not r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import socket
+import ssl
 import threading
 import weakref
 from concurrent.futures import Future
@@ -23,9 +25,9 @@ import httpx
 import numpy as np
 from tenacity import (
     AsyncRetrying,
+    RetryCallState,
     RetryError,
-    before_sleep_log,
-    retry_if_exception_type,
+    retry_if_exception,
     stop_after_delay,
     wait_exponential,
 )
@@ -48,7 +50,8 @@ _UNIX = "unix://"
 _CONNECTIONS = 64
 _CONNECT_SECONDS = 5.0
 _KEEP_SECONDS = 30.0  # a connection without requests
-_PATIENCE_SECONDS = 60.0
+_FIRST_SECONDS = 5.0  # for a server that never answered, and may not be one
+_PATIENCE_SECONDS = 60.0  # for one that did, and may be starting anew
 _FRAME_BYTES = 64  # of a body, around its settings and its texts
 
 _ERRORS = {
@@ -58,12 +61,20 @@ _ERRORS = {
         FloatingPointError,
         MemoryError,
         PermissionError,
+        RuntimeError,
         TypeError,
         ValueError,
     )
 }
 _CONFLICT = 409  # its model is another one than before
 _AWAY = (502, 503, 504)  # said by what stands before a server that is not there
+_TEMPORARY = (
+    httpx.NetworkError,
+    httpx.RemoteProtocolError,
+    httpx.TimeoutException,
+    httpx.HTTPStatusError,  # of a server that is not there
+)
+_FACTS = ("name", "digest", "has_heads", "dimension", "positions")
 
 # The system notices a machine that went away without a word, during a call of any length.
 _ALIVE = [
@@ -123,14 +134,20 @@ class Client(BaseEngine):
         super().__init__()
         self._url = base_url
         self._settings = (base_url, api_key)
+        self._patience = _FIRST_SECONDS
+        self._is_away = False
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._https: dict[int, httpx.AsyncClient] = {}  # by process: a child has none of its own
         weakref.finalize(self, _close, self._https).atexit = False
 
     @cached_property
     def _info(self) -> dict[str, Any]:
-        info: dict[str, Any] = json.loads(_run(self._ask("GET", "/info")))
-        return info
+        content = _run(self._ask("GET", "/info"))
+        with contextlib.suppress(ValueError):
+            info = json.loads(content)
+            if isinstance(info, dict) and info.keys() >= {*_FACTS, "folder", "pooling", "limits"}:
+                return info
+        raise self._another_server(200, content.decode(errors="replace"))
 
     @cached_property
     def checkpoint(self) -> Checkpoint:  # type: ignore[override]
@@ -139,10 +156,10 @@ class Client(BaseEngine):
         Raises:
             ConnectionError: It does not answer.
             PermissionError: It wants another API key.
+            RuntimeError: It is another kind of server.
         """
         info = self._info
-        names = ("name", "digest", "has_heads", "dimension", "positions")
-        facts = {name: info[name] for name in names}
+        facts = {name: info[name] for name in _FACTS}
         return ServedCheckpoint(Path(info["folder"]), **facts, served_pooling=info["pooling"])
 
     def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Post:
@@ -217,12 +234,12 @@ class Client(BaseEngine):
         """The reply to a request, which is made again where nobody answers.
 
         Raises:
-            ConnectionError: Nobody answered for a minute, or the server has too much to do.
+            ConnectionError: Nobody answered in time, or the server has too much to do.
             PermissionError: It wants another API key.
             TypeError, ValueError, FloatingPointError: As the engine there raised it.
         """
         try:
-            return await _RETRYING.copy()(self._ask_once, method, path, body)
+            return await self._retrying()(self._ask_once, method, path, body)
         except RetryError as error:
             attempt = error.last_attempt
             msg = (
@@ -231,11 +248,37 @@ class Client(BaseEngine):
                 "Start the server with python -m langchain_bge_dense.serve, or correct base_url."
             )
             raise ConnectionError(msg) from attempt.exception()
+        except httpx.NetworkError as error:  # that is not temporary
+            msg = (
+                f"{self._url} cannot be asked over TLS: {error}. Write http:// for a server "
+                "without a certificate, or name the file of its authority in SSL_CERT_FILE."
+            )
+            raise ConnectionError(msg) from error
+
+    def _retrying(self) -> AsyncRetrying:
+        return AsyncRetrying(
+            retry=retry_if_exception(_is_temporary),
+            wait=wait_exponential(multiplier=0.1, max=2),
+            stop=stop_after_delay(self._patience),
+            before_sleep=self._log_away,
+        )
+
+    def _log_away(self, state: RetryCallState) -> None:
+        """Log once that the server is away, however many calls wait for it."""
+        if state.outcome is not None and not self._is_away:
+            self._is_away = True
+            logger.warning(
+                "%s does not answer, and is asked again for %.0f s: %r",
+                self._url,
+                self._patience,
+                state.outcome.exception(),
+            )
 
     async def _ask_once(self, method: str, path: str, body: bytes | None) -> bytes:
         response = await self._http().request(method, path, content=body)
         if response.status_code in _AWAY or _is_lost(response):
             response.raise_for_status()
+        self._patience, self._is_away = _PATIENCE_SECONDS, False
         if response.status_code == _CONFLICT:
             with _lock:  # new embeddings ask it anew what it has
                 _clients.pop(self._settings, None)
@@ -247,13 +290,17 @@ class Client(BaseEngine):
         """What the server raised, or that it is another one."""
         try:
             error = response.json()["error"]
-            return _ERRORS.get(error["type"], RuntimeError)(error["message"])
+            return _ERRORS[error["type"]](error["message"])
         except (ValueError, KeyError, TypeError):
-            msg = (
-                f"{self._url} answered {response.status_code} {response.text[:200]!r}. "
-                "Let base_url be a server of langchain_bge_dense.serve."
-            )
-            return RuntimeError(msg)
+            return self._another_server(response.status_code, response.text)
+
+    def _another_server(self, status: int, answer: str) -> RuntimeError:
+        msg = (
+            f"{self._url} is not a server of langchain_bge_dense.serve: it answered {status} "
+            f"{answer[:200]!r}. Correct base_url; other servers, such as Chroma's, have port 8000 "
+            "by default, too."
+        )
+        return RuntimeError(msg)
 
     def _http(self) -> httpx.AsyncClient:
         """The connections of this process; called in its event loop alone."""
@@ -264,6 +311,7 @@ class Client(BaseEngine):
                 headers=self._headers | {"Content-Type": "application/json"},
                 timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
                 transport=httpx.AsyncHTTPTransport(
+                    verify=self._certificates(),
                     uds=self._url.removeprefix(_UNIX) if unix else None,
                     limits=httpx.Limits(
                         max_connections=_CONNECTIONS, keepalive_expiry=_KEEP_SECONDS
@@ -273,20 +321,29 @@ class Client(BaseEngine):
             )
         return self._https[os.getpid()]
 
+    def _certificates(self) -> ssl.SSLContext | bool:
+        """Certificates to check the server by; none are read where it has none."""
+        if not self._url.startswith("https://"):
+            return False
+        try:
+            return httpx.create_ssl_context()
+        except OSError as error:
+            file = os.environ.get("SSL_CERT_FILE")
+            msg = (
+                f"The certificates to check {self._url} by cannot be read: {error}. "
+                f"SSL_CERT_FILE is {file!r}: name a file of certificates there, or unset it."
+            )
+            raise ConnectionError(msg) from error
 
-_RETRYING = AsyncRetrying(
-    retry=retry_if_exception_type(
-        (
-            httpx.NetworkError,
-            httpx.RemoteProtocolError,
-            httpx.TimeoutException,
-            httpx.HTTPStatusError,  # of a server that is not there
-        )
-    ),
-    wait=wait_exponential(multiplier=0.1, max=5),
-    stop=stop_after_delay(_PATIENCE_SECONDS),
-    before_sleep=before_sleep_log(logger, logging.WARNING),
-)
+
+def _is_temporary(error: BaseException) -> bool:
+    """Whether another attempt may succeed: not where TLS itself failed."""
+    cause: BaseException | None = error
+    while isinstance(cause, Exception):
+        if isinstance(cause, ssl.SSLError):
+            return isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError))  # hung up
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(error, _TEMPORARY)
 
 
 def _is_lost(response: httpx.Response) -> bool:

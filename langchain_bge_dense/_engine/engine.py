@@ -31,11 +31,16 @@ class Engine(BaseEngine):
     Args:
         checkpoint: What is loaded.
         load: Gives what runs it.
+        device: Where it runs.
+        dtype: In what it runs.
     """
 
-    def __init__(self, checkpoint: Checkpoint, load: Callable[[], Encoder]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, load: Callable[[], Encoder], device: str, dtype: str
+    ) -> None:
         super().__init__()
         self.checkpoint = checkpoint
+        self.device, self.dtype = device, dtype
         self.scheduler = Scheduler(load)
         # The thread holds the encoder; it ends when nobody holds the engine any more.
         weakref.finalize(self, self.scheduler.stop).atexit = False
@@ -114,7 +119,7 @@ def shared_engine(checkpoint: Checkpoint, pooling: str, device: str, dtype: str)
         engine = _engines.get(settings)
         if engine is None:
             load = partial(loading.load_encoder, checkpoint, pooling, device, dtype)
-            engine = _engines[settings] = Engine(checkpoint, load)
+            engine = _engines[settings] = Engine(checkpoint, load, device, dtype)
         return engine
 
 
@@ -143,7 +148,7 @@ def wrap(flag: BGEM3FlagModel) -> tuple[Engine, dict[str, Any]]:
             passages, flag.kwargs.get("passage_instruction_format", "{}{}")
         ),
     }
-    return Engine(checkpoint, load), fields
+    return Engine(checkpoint, load, device, dtype), fields
 
 
 def _instruction(instruction: str | None, template: str) -> str:

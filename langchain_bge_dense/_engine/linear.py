@@ -7,6 +7,7 @@ face, so they are looked up here alone, and tried on a small product before they
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -173,6 +174,7 @@ _PACKED: dict[tuple[str, str], list[tuple[Any, Any]]] = {
 }
 
 
+@cache
 def _packed(device: str, dtype: str, state_dtype: torch.dtype) -> Any:
     """The fastest packed layer that gives what its plain one gives; None: there is none here."""
     reason = None

@@ -9,7 +9,9 @@ has left the folder. It gives documents ids of its own: one collection is filled
 as the same document would be stored once by each.
 """
 
-try:
+from langchain_bge_dense._extras import needs
+
+with needs("chroma", __name__):
     from langchain_bge_dense.chroma.compaction import CompactResult, compact
     from langchain_bge_dense.chroma.indexing import (
         IndexResult,
@@ -18,12 +20,6 @@ try:
         index_vectors,
     )
     from langchain_bge_dense.chroma.store import BGEM3Chroma, open_chroma
-except ImportError as error:
-    msg = (
-        f"langchain_bge_dense.chroma needs {error.name}, which is not installed. "
-        'Install it with: pip install "langchain-bge-dense[chroma]"'
-    )
-    raise ImportError(msg, name=error.name) from error
 
 __all__ = [
     "BGEM3Chroma",

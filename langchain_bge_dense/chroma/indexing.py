@@ -15,6 +15,7 @@ from langchain_core.utils.aiter import abatch_iterate
 from langchain_core.utils.iter import batch_iterate
 from tqdm.auto import tqdm
 
+from langchain_bge_dense._engine.calls import reporting
 from langchain_bge_dense.chroma.collection import DIMENSION, check, fingerprint_of
 from langchain_bge_dense.chroma.companions import Encoded
 from langchain_bge_dense.chroma.passages import Kept
@@ -75,8 +76,8 @@ def index_documents(
         store: A store of `open_chroma`.
         documents: Any iterable.
         batch_size: Documents embedded and stored at once; less where Chroma takes less.
-        show_progress: Show a bar over documents, with tokens per second and, where `documents` has
-            a length, the time left.
+        show_progress: Show a bar over documents, which moves with each batch of the model, with
+            tokens per second and, where `documents` has a length, the time left.
         lexical: True decides it for the collection, as in `open_chroma`; None follows the store.
 
     Returns:
@@ -105,7 +106,8 @@ def index_documents(
     run = Run(store, batch_size, lexical=lexical)
     with Bar(documents, show=show_progress) as bar:
         for batch in batch_iterate(run.batch_size, documents):
-            run.add(batch)
+            with reporting(bar.update):
+                run.add(batch)
             bar.show(run.done)
         return bar.end(run.finish())
 
@@ -189,7 +191,8 @@ async def aindex_documents(
     run = await asyncio.to_thread(Run, store, batch_size, lexical=lexical)
     with Bar(documents, show=show_progress) as bar:
         async for batch in _batches(documents, run.batch_size):
-            await asyncio.to_thread(run.add, batch)
+            with reporting(bar.update):
+                await asyncio.to_thread(run.add, batch)
             bar.show(run.done)
         return bar.end(await asyncio.to_thread(run.finish))
 
@@ -306,7 +309,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
             desc="Indexing",
             total=total,
             unit=" documents",
-            mininterval=0,  # each batch is shown: there are few
+            mininterval=0,  # all that is reported is shown: there is little
             miniters=1,
             disable=not show,
         )
@@ -316,7 +319,8 @@ class Bar(tqdm):  # type: ignore[type-arg]
         seconds = self.format_dict["elapsed"]
         if done.tokens and seconds:
             self.set_postfix_str(f"{done.tokens / seconds:,.0f} tokens/s", refresh=False)
-        self.update(done.added + done.skipped - self.n)
+        self.update(done.added + done.skipped - self.n)  # of those that ran it knows already
+        self.refresh()
 
     def end(self, done: IndexResult) -> IndexResult:
         """Say what it came to."""

@@ -16,15 +16,11 @@ Every node answers `BGEM3Embeddings(base_url="http://node:8000", api_key=key)`. 
 that died anew, and clients ask another one what it has not answered.
 """
 
-try:
+from langchain_bge_dense._extras import needs
+
+with needs("serve", __name__):
     from langchain_bge_dense.serve.app import create_app
     from langchain_bge_dense.serve.command import main
     from langchain_bge_dense.serve.deployment import serve_deployment
-except ImportError as error:
-    msg = (
-        f"langchain_bge_dense.serve needs {error.name}, which is not installed. "
-        'Install it with: pip install "langchain-bge-dense[serve]"'
-    )
-    raise ImportError(msg, name=error.name) from error
 
 __all__ = ["create_app", "main", "serve_deployment"]

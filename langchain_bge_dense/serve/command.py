@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ipaddress
+import logging
 import os
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import uvicorn
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from pydantic.fields import FieldInfo
 
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.05
 _SHUTDOWN_SECONDS = 60
 _KEEP_SECONDS = 75  # longer than the client's, which then need not find a connection closed
 _KEY_VARIABLE = "BGE_M3_API_KEY"
@@ -83,6 +89,7 @@ def _add_setting(group: argparse._ArgumentGroup, name: str, field: FieldInfo) ->
     elif get_origin(field.annotation) is Literal:
         how["choices"] = get_args(field.annotation)
     words = (field.description or "").partition("\n\n")[0].replace("%", "%%")
+    words += f" [{'none' if field.default in {None, ''} else field.default}]"
     group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=words, **how)
 
 
@@ -93,6 +100,23 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _log_config() -> dict[str, Any]:
+    """Uvicorn's own, in which it does not say that it runs, and this package what it does."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["loggers"]["uvicorn"]["level"] = "WARNING"
+    config["loggers"]["uvicorn.error"]["level"] = "WARNING"
+    config["loggers"]["langchain_bge_dense"] = {"handlers": ["default"], "level": "INFO"}
+    return config
+
+
+def _url(place: dict[str, Any]) -> str:
+    """The `base_url` of clients on this machine."""
+    if place["uds"]:
+        return f"unix://{place['uds']}"
+    host = f"[{place['host']}]" if ":" in place["host"] else place["host"]
+    return f"http://{host}:{place['port']}"
+
+
 def _run(embeddings: BGEM3Embeddings, app: FastAPI, place: dict[str, Any]) -> None:
     """Listen at once, and load the model meanwhile; without one, end."""
     config = uvicorn.Config(
@@ -100,6 +124,7 @@ def _run(embeddings: BGEM3Embeddings, app: FastAPI, place: dict[str, Any]) -> No
         **place,
         access_log=False,
         ws="none",
+        log_config=_log_config(),
         timeout_keep_alive=_KEEP_SECONDS,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
@@ -108,7 +133,12 @@ def _run(embeddings: BGEM3Embeddings, app: FastAPI, place: dict[str, Any]) -> No
 
     def load() -> None:
         try:
-            embeddings.load()
+            logger.info("Loading %s.", embeddings.model)
+            engine: Any = embeddings.load()._loaded()  # noqa: SLF001 - its own package's
+            while not server.started:
+                time.sleep(_POLL_SECONDS)
+            served = (engine.checkpoint.name, engine.device, engine.dtype, _url(place))
+            logger.info("Serving %s on %s in %s at %s (Ctrl-C ends it).", *served)
         except BaseException as error:  # noqa: BLE001 - the main thread tells it
             failed.append(error)
             server.should_exit = True

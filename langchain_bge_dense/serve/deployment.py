@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from langchain_bge_dense._extras import needs
 from langchain_bge_dense.serve.app import QUEUE, create_app
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def serve_deployment(embeddings: BGEM3Embeddings, **options: Any) -> Any:
         >>> from langchain_bge_dense import BGEM3Embeddings
         >>> served = serve_deployment(BGEM3Embeddings(model=checkpoint), num_replicas=2)
     """
-    from ray import serve
+    with needs("ray", "serve_deployment"):
+        from ray import serve
 
     ours = {name: options.pop(name) for name in _APP_OPTIONS if name in options}
 

@@ -29,6 +29,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from langchain_bge_dense._extras import needs
+
 if TYPE_CHECKING:
     from langchain_bge_dense.sparse.milvus import BGEM3MilvusSparse
     from langchain_bge_dense.sparse.qdrant import BGEM3QdrantSparse
@@ -43,11 +45,5 @@ def __getattr__(name: str) -> Any:
         msg = f"module {__name__!r} has no attribute {name!r}. It has {', '.join(__all__)}."
         raise AttributeError(msg)
     extra = _EXTRAS[name]
-    try:
+    with needs(extra, name):
         return getattr(import_module(f"{__name__}.{extra}"), name)
-    except ModuleNotFoundError as error:
-        msg = (
-            f"{name} needs {error.name}, which is not installed. "
-            f'Run `pip install "langchain-bge-dense[{extra}]"`.'
-        )
-        raise ImportError(msg, name=error.name) from error

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 
+# Milvus refuses a batch with an empty row, such as that of a single emoji. No token has this id.
+_UNFOUND = {2**31 - 1: 1e-6}
+
+
 class BGEM3MilvusSparse(BaseSparseEmbedding):
     """Lexical weights of BGE-M3 for `Milvus`.
 
@@ -22,12 +26,12 @@ class BGEM3MilvusSparse(BaseSparseEmbedding):
         self._lexical = embeddings._sparse_side()  # noqa: SLF001 - one forward pass for both sides
 
     def embed_documents(self, texts: list[str]) -> list[dict[int, float]]:
-        """Lexical weights of N passages; an empty text has none.
+        """Lexical weights of N passages; a text without any has one that no query finds.
 
         Raises:
             ValueError: The checkpoint is dense only.
         """
-        return self._lexical(texts, query=False)
+        return [weights or dict(_UNFOUND) for weights in self._lexical(texts, query=False)]
 
     def embed_query(self, query: str) -> dict[int, float]:
         """Lexical weights of a query.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
+from calls import WAIT
 from hashed_embeddings import HashedEmbeddings
 from langchain_chroma import Chroma
 from langchain_core.documents import Document
@@ -104,6 +108,35 @@ def test_bar_over_tokens(tiny, capsys, caplog):
     assert f"Indexed: {done}" in caplog.text
     index_documents(open_chroma(tiny), iter(passages(2)), show_progress=True)
     assert "2 documents [" in capsys.readouterr().err
+
+
+def in_an_event_loop(*args, **kwargs):
+    return asyncio.run(aindex_documents(*args, **kwargs))
+
+
+@pytest.mark.parametrize("index", [index_documents, in_an_event_loop])
+def test_bar_moves_with_each_batch_of_the_model(tiny, monkeypatch, index):
+    monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
+    one_text_each = tiny.model_copy(update={"batch_tokens": 1})
+    encoder = one_text_each.load()._engine.encoder
+    forward, ran = encoder.forward, []
+
+    def after_it_was_shown(batch, outputs):
+        until = time.monotonic() + WAIT
+        while ran and f" {len(ran)}/4 " not in shown.getvalue():
+            assert time.monotonic() < until, shown.getvalue()
+            time.sleep(0.01)
+        ran.append(len(batch))
+        return forward(batch, outputs)
+
+    encoder.forward = after_it_was_shown
+    try:
+        assert index(open_chroma(one_text_each), passages(4), show_progress=True).added == 4
+    finally:
+        del encoder.forward
+    assert ran == [1] * 4
+    assert " 4/4 " in shown.getvalue()
+    assert "5/4" not in shown.getvalue()
 
 
 def test_bad_arguments(embeddings):

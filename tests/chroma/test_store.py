@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import chromadb
 import numpy as np
 import pytest
@@ -145,17 +141,3 @@ def test_bad_arguments(embeddings, tmp_path):
         open_chroma(embeddings, collection_configuration={"hnsw": {"space": "l2"}})
     with pytest.raises(ValueError, match="collection_metadata names the space 'ip'"):
         open_chroma(embeddings, collection_metadata={"hnsw:space": "ip"})
-
-
-def test_without_the_extra():
-    code = "import sys; sys.modules['{}'] = None; import langchain_bge_dense.chroma"
-    for missing in ("chromadb", "langchain_chroma"):
-        done = subprocess.run(
-            [sys.executable, "-c", code.format(missing)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        assert 'pip install "langchain-bge-dense[chroma]"' in done.stderr
-        assert f"needs {missing}" in done.stderr

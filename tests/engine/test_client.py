@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import tenacity
 from calls import WAIT, alike, gated, texts
+from chroma_server import ChromaServer
 from langchain_core.documents import Document
 from model_server import HOST, ModelServer, free_port, served
 from pydantic import ValidationError
@@ -351,29 +352,85 @@ class TestServersWays:
             gate.go_on.set()
             assert running.result(WAIT) == tiny.embed_query("free")
 
-    def test_another_server(self) -> None:
+    @pytest.mark.parametrize(
+        ("status", "answer"),
+        [
+            (404, "no such page"),
+            (404, '{"error": {"type": "NotFound", "message": "Not Found"}}'),
+            (200, "<html>a page</html>"),
+            (200, '{"model_id": "BAAI/bge-m3", "version": "1.8"}'),
+            (200, "[]"),
+        ],
+    )
+    def test_another_server(self, status: int, answer: str) -> None:
         class Other(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.send_error(404, "no such page")
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(answer.encode())
 
             def log_message(self, *args: object) -> None:
                 pass
 
         with HTTPServer((HOST, 0), Other) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            with pytest.raises(RuntimeError, match=r"answered 404 .*Let base_url be a server of"):
-                BGEM3Embeddings(base_url=f"http://{HOST}:{server.server_port}").load()
+            url = f"http://{HOST}:{server.server_port}"
+            words = f"{url} is not a server of langchain_bge_dense.serve: it answered {status} "
+            with pytest.raises(RuntimeError, match=f"{words}.*{re.escape(answer[:9])}.*base_url"):
+                BGEM3Embeddings(base_url=url).load()
             server.shutdown()
 
-    def test_nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            client, "_RETRYING", client._RETRYING.copy(stop=tenacity.stop_after_attempt(2))
-        )
+    def test_chromas_server(self, tmp_path: Path) -> None:
+        with ChromaServer(tmp_path) as server:
+            embeddings = BGEM3Embeddings(base_url=f"http://{server.host}:{server.port}")
+            with pytest.raises(
+                RuntimeError, match=r"is not a server of langchain_bge_dense\.serve"
+            ):
+                embeddings.load()
+
+    def test_another_path_of_ours(self, base_url: str) -> None:
+        if base_url.startswith("http"):
+            with pytest.raises(RuntimeError, match="/bge is not a server of langchain_bge_dense"):
+                BGEM3Embeddings(base_url=f"{base_url}/bge").load()
+
+    async def test_nobody(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(client, "_FIRST_SECONDS", 0.5)
         url = f"http://{HOST}:{free_port()}"
-        with pytest.raises(
-            ConnectionError, match=rf"{url} did not answer 2 times: ConnectError.*serve"
-        ):
-            BGEM3Embeddings(base_url=url).embed_query("free")
+        embeddings = BGEM3Embeddings(base_url=url)
+        for _ in range(2):
+            with pytest.raises(
+                ConnectionError, match=rf"{url} did not answer \d times: ConnectError.*serve"
+            ):
+                await asyncio.gather(*(embeddings.aembed_query("free") for _ in range(3)))
+        [line] = caplog.messages
+        assert line.startswith(f"{url} does not answer, and is asked again for 0 s: ConnectError")
+
+    def test_patience_is_for_those_that_have_answered(self, tiny: BGEM3Embeddings) -> None:
+        with served(tiny) as url:
+            engine = Client(url)
+            assert engine._patience == 5
+            assert engine.count_tokens("free") > 0
+            assert engine._patience == 60
+
+    def test_tls_with_a_server_that_has_none(self, base_url: str) -> None:
+        if base_url.startswith("http"):
+            url = base_url.replace("http", "https")
+            with pytest.raises(
+                ConnectionError, match=rf"{url} cannot be asked over TLS: .* http://"
+            ):
+                BGEM3Embeddings(base_url=url).load()
+
+    def test_certificates_that_are_nowhere(
+        self, remote: BGEM3Embeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SSL_CERT_FILE", missing := str(tmp_path / "missing.pem"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert Client(remote.base_url).count_tokens("free") > 0
+        with pytest.raises(ConnectionError, match=rf"https://h by cannot be read.*'{missing}'"):
+            BGEM3Embeddings(base_url="https://h").load()
 
     def test_another_model_than_before(
         self, tiny: BGEM3Embeddings, monkeypatch: pytest.MonkeyPatch
@@ -410,12 +467,21 @@ class TestFields:
             ({"api_key": "k"}, "api_key is for a server. Give its base_url"),
             ({"base_url": "http://h", "model": "x"}, "model cannot be chosen for the model of the"),
             ({"base_url": "http://h", "dtype": "int8", "device": "cpu"}, "device, dtype cannot"),
-            ({"base_url": "h:8000"}, "String should match pattern"),
+            ({"base_url": "127.0.0.1:8000"}, r"base_url is '127.0.0.1:8000', .* Write http://host"),
+            ({"base_url": "http://host:port"}, "base_url is 'http://host:port', which is not the"),
+            ({"base_url": "http://"}, "base_url is 'http://', which is not the URL of a server"),
+            ({"base_url": "unix://"}, "base_url is 'unix://', which is not the URL of a server"),
         ],
     )
     def test_what_cannot_be(self, fields: dict[str, Any], words: str) -> None:
         with pytest.raises(ValidationError, match=words):
             BGEM3Embeddings(**fields)
+
+    @pytest.mark.parametrize("url", ["http://h:80/v1", "http://h:80/v1/", "http://h:80/"])
+    def test_the_url_of_openais_clients_is_taken(self, url: str) -> None:
+        assert BGEM3Embeddings(base_url=url) == BGEM3Embeddings(base_url="http://h:80")
+        socket = BGEM3Embeddings(base_url="unix:///run/v1")
+        assert socket.base_url == "unix:///run/v1"
 
     def test_settings_survive_a_dump(self) -> None:
         embeddings = BGEM3Embeddings(base_url="http://h", api_key="k", max_length=12)

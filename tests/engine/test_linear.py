@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,9 +11,14 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_bge_dense._engine import linear
+from langchain_bge_dense._engine import linear, loading
+from langchain_bge_dense._engine.checkpoint import read_checkpoint
 from langchain_bge_dense._engine.linear import LinearFactory, PackedLinear, PlainInt8Linear
 from langchain_bge_dense._engine.loading import cpu_has_bf16
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 CPU = torch.device("cpu")
 # Dtype of products and of states, and how far from the exact product a result may be, as a part of
@@ -33,6 +39,14 @@ def difference(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.float() - exact).abs().max() / exact.abs().max())
 
 
+@pytest.fixture(autouse=True)
+def choice() -> Iterator[None]:
+    """The layers of this process are chosen anew by each test."""
+    linear._packed.cache_clear()
+    yield
+    linear._packed.cache_clear()
+
+
 @pytest.fixture
 def without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build of PyTorch that lacks oneDNN's operators."""
@@ -44,6 +58,7 @@ def without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.ops, "mkldnn", Missing())
     monkeypatch.setattr(torch.ops, "onednn", Missing())
+    linear._packed.cache_clear()
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -247,3 +262,14 @@ class TestInt8:
         for plain in (False, True):
             found = self.layer(torch.eye(4), dtype, plain=plain)(x).float() / peak
             assert found[0].tolist() == pytest.approx([1, 1 / 3, 0, -1], abs=0.02)
+
+
+@pytest.mark.usefixtures("without_operators")
+def test_a_missing_product_is_told_once_for_a_model(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = read_checkpoint(tiny_checkpoint, "tiny")
+    for _ in range(2):
+        loading.load_encoder(checkpoint, "cls", "cpu", "bfloat16")
+    told = [line for line in caplog.messages if "no usable oneDNN product for bfloat16" in line]
+    assert len(told) == 1

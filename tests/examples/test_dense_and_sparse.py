@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def check_report(report: str, dimensions: int) -> list[str]:
     assert len(shown) == 10
     assert shown == sorted(shown, reverse=True)
     assert shown[-1] > 0
-    return [row.split(maxsplit=1)[1] for row in rows]
+    return [re.fullmatch(r'\d\.\d{4}  "(.*)"', row)[1] for row in rows]
 
 
 def test_a_checkpoint_folder(tiny_checkpoint: Path) -> None:

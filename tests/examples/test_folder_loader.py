@@ -1,9 +1,10 @@
 """The example loader: what each format gives, and what happens to files that cannot be read."""
 
+import io
 import json
-import logging
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,35 @@ def test_csv_gives_a_document_per_row(tmp_path):
     assert [d.metadata["row"] for d in documents] == [1, 3]
 
 
+@pytest.mark.parametrize(
+    ("table", "texts"),
+    [
+        ("name;price\nplum;1,20\n", ["name: plum\nprice: 1,20"]),
+        ("\ufeffname;price\r\nplum;1,20\r\n", ["name: plum\nprice: 1,20"]),
+        ("name\tprice, each\tkind\nplum\t1\t2\n", ["name: plum\nprice, each: 1\nkind: 2"]),
+        ('name,"a;b;c"\nplum,1;2;3\n', ["name: plum\na;b;c: 1;2;3"]),
+        ("name\nplum; ripe\n", ["name: plum; ripe"]),
+    ],
+)
+def test_csv_of_other_delimiters(tmp_path, table, texts):
+    documents, _ = load(tmp_path, a_csv=table)
+    assert [d.page_content for d in documents] == texts
+
+
+LINES = '\ufeff{"name": "x", "in": {"y": 1}}\n\n"plain"\n[1, 2]\n'
+
+
+@pytest.mark.parametrize("name", ["a_jsonl", "a_json"])
+def test_json_lines_give_a_document_per_line(tmp_path, name):
+    documents, loader = load(tmp_path, **{name: LINES})
+    assert loader.failed == {}
+    assert [(d.page_content, d.metadata["row"]) for d in documents] == [
+        ("name: x\nin: y: 1", 1),
+        ("plain", 3),
+        ("[1, 2]", 4),
+    ]
+
+
 def test_json_gives_a_document_per_list_item(tmp_path):
     items = [{"term": "召回率", "n": 3, "see": ["a", "b"], "none": None}, "plain", 7, {}]
     documents, _ = load(tmp_path, a_json=json.dumps(items), b_json='{"name": "x", "in": {"y": 1}}')
@@ -62,6 +92,31 @@ def test_html_gives_its_title_and_its_visible_text(tmp_path):
     assert documents[0].metadata == {"source": "a.html", "title": "A page"}
 
 
+WORD = '<w:{} xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main">{}</w:{}>'
+BODY = """<w:body><w:p><w:pPr><w:pStyle w:val="h"/></w:pPr><w:r><w:t>Head</w:t></w:r></w:p>
+<w:p><w:r><w:t>One </w:t></w:r><w:r><w:rPr><w:b/></w:rPr><w:t>bold 词</w:t></w:r></w:p>
+<w:tbl><w:tr><w:tc><w:p><w:r><w:t>k</w:t></w:r></w:p></w:tc>
+<w:tc><w:p><w:r><w:t>v</w:t></w:r></w:p></w:tc></w:tr></w:tbl></w:body>"""
+STYLE = '<w:style w:type="paragraph" w:styleId="h"><w:name w:val="heading 1"/></w:style>'
+
+
+def docx(body=BODY):
+    """A document of Word's, as small as they come."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("word/document.xml", WORD.format("document", body, "document"))
+        archive.writestr("word/styles.xml", WORD.format("styles", STYLE, "styles"))
+    return file.getvalue()
+
+
+def test_docx_gives_headings_paragraphs_and_tables(tmp_path):
+    documents, loader = load(tmp_path, a_docx=docx())
+    assert loader.failed == {}
+    assert documents[0].page_content.startswith("# Head\n\nOne bold 词\n\n| ")
+    assert "| k | v |" in documents[0].page_content
+    assert documents[0].metadata == {"source": "a.docx"}
+
+
 def test_html_encoding_is_read_from_the_page(tmp_path):
     page = '<meta charset="gbk"><p>检索</p>'.encode("gbk")
     documents, _ = load(tmp_path, a_htm=page)
@@ -75,14 +130,21 @@ def test_pdf_gives_a_document_per_page(tmp_path):
 
 
 def test_order_hidden_files_and_other_types(tmp_path, caplog):
-    for path in ("b.txt", "a.TXT", ".hidden.txt", ".git/c.txt", "sub/d.txt", "e.docx", "LICENSE"):
+    seen = ("b.txt", "a.TXT", "sub/d.txt")
+    for path in (*seen, ".hidden.txt", ".git/c.txt", "sub/e.odt", "LICENSE"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(path)
-    with caplog.at_level(logging.INFO):
-        documents, loader = load(tmp_path)
+    documents, loader = load(tmp_path)
     assert [d.metadata["source"] for d in documents] == ["a.TXT", "b.txt", "sub/d.txt"]
     assert loader.failed == {}
-    assert "2 files of other types left out: .docx 1, no suffix 1" in caplog.text
+    [told] = caplog.messages
+    assert told == "Left out, as files of these types are not read: LICENSE, sub/e.odt"
+
+
+def test_of_many_files_of_other_types_the_first_are_named(tmp_path, caplog):
+    load(tmp_path, **{f"{number}_png": "" for number in range(9)}, z_md="text")
+    [told] = caplog.messages
+    assert told.endswith(": 0.png, 1.png, 2.png, 3.png, 4.png and 4 more")
 
 
 def test_reading_is_lazy(tmp_path):
@@ -109,6 +171,9 @@ BROKEN = {
     "utf16.txt": ("text".encode("utf-16"), "it is not UTF-8 (byte 0xff); save it as UTF-8"),
     "gbk.csv": ("列\n值".encode("gbk"), "it is not UTF-8 (byte 0xc1); save it as UTF-8"),
     "cut.json": (b'[{"a": 1}, ', "Expecting value: line 1 column 12 (char 11)"),
+    "cut.jsonl": (b'{"a": 1', "Expecting ',' delimiter: line 1 column 8"),
+    "fake.docx": (b"not a document", "mammoth: File is not a zip file"),
+    "empty.docx": (docx("</w:p>"), "mammoth: "),
     "deep.json": (b"[" * 100_000, ""),
     "cut.pdf": (PDF.read_bytes()[:1500], "pypdf: "),
     "fake.pdf": (b"not a pdf", "pypdf: "),
@@ -145,6 +210,20 @@ def test_what_comes_before_the_damage_is_kept(tmp_path, caplog):
     assert list(loader.failed) == ["a.csv"]
 
 
+def test_json_lines_before_the_damage_are_kept(tmp_path):
+    documents, loader = load(tmp_path, a_jsonl=f"{LINES}{{")
+    assert len(documents) == 3
+    assert loader.failed["a.jsonl"].startswith("Expecting property name")
+    assert loader.failed["a.jsonl"].endswith(": line 5 column 2")
+
+
+def test_a_bar_counts_the_files(tmp_path, capsys):
+    load(tmp_path, a_md="one", b_md="two", c_png="left out")
+    assert capsys.readouterr().err == ""
+    FolderLoader(tmp_path, show_progress=True).load()
+    assert "2/2" in capsys.readouterr().err
+
+
 def test_a_dangling_link_and_a_special_file(tmp_path):
     (tmp_path / "gone.md").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe.txt")
@@ -168,7 +247,7 @@ def test_lone_surrogates_are_replaced(tmp_path):
 
 
 def test_empty_files_give_nothing(tmp_path):
-    empty = dict.fromkeys(("a_txt", "b_csv", "c_json", "d_html", "e_pdf"), "")
+    empty = dict.fromkeys(("a_txt", "b_csv", "c_json", "d_html", "e_pdf", "e_jsonl", "e_docx"), "")
     documents, loader = load(tmp_path, **empty, f_md=" \n", g_csv="head\n", h_md="text")
     assert [d.metadata["source"] for d in documents] == ["h.md"]
     assert loader.failed == {}
@@ -192,7 +271,7 @@ def test_no_folder(tmp_path, folder):
 
 def test_nothing_to_read(tmp_path):
     (tmp_path / "a.json").write_text("{")
-    (tmp_path / "b.docx").write_text("text")
+    (tmp_path / "b.odt").write_text("text")
     with pytest.raises(ValueError, match=r"No text .* \(1 files could not be read\).*\.md, \.txt"):
         FolderLoader(tmp_path).load()
 

@@ -103,7 +103,9 @@ def test_the_demo_answers_its_questions_without_a_terminal(tmp_path, small_check
 
 def told(err):
     """Lines of standard error but those on progress."""
-    return [line for line in err.splitlines() if not re.match(r"Indexing: |Loading |$", line)]
+    return [
+        line for line in err.splitlines() if not re.match(r"Reading: |Indexing: |Loading |$", line)
+    ]
 
 
 def environment(tmp_path, small_checkpoint):

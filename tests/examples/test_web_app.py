@@ -142,6 +142,9 @@ def test_the_page_shows_what_the_retriever_finds_and_marks_why(
     assert first.header.b.text == "1  parts.txt"
     assert [mark.text for mark in first.select(".text mark")] == ["seal", "VS-2208-K", "shelf"]
     assert page.select_one("input[name=q]")["value"] == QUESTION
+    for name in ("Fused", "ColBERT"):  # what stands beside a passage is explained below
+        assert name in first.text
+        assert re.search(rf"^{name}\b.*: .*\.$", page.footer.text, re.MULTILINE)
     store = open_chroma(small, "same", lexical=True)
     index_documents(store, [Document(text) for text in DOCUMENTS.values()])
     found = BGEM3Retriever(vectorstore=store, k=5).invoke(QUESTION)

@@ -70,7 +70,14 @@ def test_every_setting_is_an_option(
     assert started.embeddings == BGEM3Embeddings()
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    assert "Hub id, or local folder of a checkpoint." in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "--model MODEL Hub id, or local folder of a checkpoint. [BAAI/bge-m3]",
+        "--revision REVISION Branch, tag or commit on the hub. [none]",
+        "--normalize, --no-normalize Scale vectors to unit length, computed in float32. [True]",
+        "Longest text in tokens; None: as many as the checkpoint has positions for. [none]",
+    ):
+        assert words in told
 
 
 def test_place_and_limits(started: Started) -> None:
@@ -131,6 +138,15 @@ def test_without_a_model_it_ends(tmp_path: Path) -> None:
     assert str(tmp_path) in done.stderr
 
 
+def until_told(log: Path, words: str) -> str:
+    """Wait until a log has these words; gives what it has."""
+    give_up = time.monotonic() + 3 * WAIT
+    while words not in log.read_text():
+        assert time.monotonic() < give_up, log.read_text()
+        time.sleep(0.05)
+    return log.read_text()
+
+
 def test_a_unix_socket_and_a_key_of_the_environment(
     tiny: BGEM3Embeddings, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +158,7 @@ def test_a_unix_socket_and_a_key_of_the_environment(
             [*module, "--model", str(tiny_checkpoint), "--dtype", "float32"], stderr=log
         )
     try:
+        until_told(tmp_path / "log", f"on cpu in float32 at unix://{socket} (Ctrl-C ends it).\n")
         embeddings = BGEM3Embeddings(base_url=f"unix://{socket}", api_key="sk-of-a-test")
         assert embeddings.embed_query("free") == tiny.embed_query("free")
         with pytest.raises(PermissionError):
@@ -158,6 +175,9 @@ def test_sigterm_lets_what_runs_finish(
     passages = texts(1_500)
     options = ("--model", str(tiny_checkpoint), "--dtype", "float32", "--device", "cpu")
     with ModelServer(tmp_path, *options) as server, ThreadPoolExecutor(1) as pool:
+        told = until_told(server.log, "Serving tiny on cpu in float32 at " + server.base_url)
+        assert "running" not in told
+        assert told.index("Loading ") < told.index("Serving ")
         asked = {"texts": passages}
         reply = pool.submit(httpx.post, f"{server.base_url}/encode", json=asked, timeout=3 * WAIT)
         give_up = time.monotonic() + WAIT

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -258,17 +256,27 @@ def test_the_same_side_twice_is_computed_twice(
 
 def test_an_empty_text_has_no_weights(embeddings: BGEM3Embeddings) -> None:
     assert BGEM3QdrantSparse(embeddings).embed_query("").indices == []
-    assert BGEM3MilvusSparse(embeddings).embed_documents([""]) == [{}]
+    assert BGEM3MilvusSparse(embeddings).embed_query("") == {}
 
 
-@pytest.mark.parametrize(
-    ("name", "extra"), [("BGEM3QdrantSparse", "qdrant"), ("BGEM3MilvusSparse", "milvus")]
-)
-def test_a_missing_extra_is_named(name: str, extra: str) -> None:
-    code = (
-        f"import sys; sys.modules['langchain_{extra}'] = None\n"
-        f"from langchain_bge_dense import sparse\n"
-        f"try:\n    sparse.{name}\nexcept ImportError as error:\n    print(error)\n"
+@pytest.mark.parametrize("weightless", ["🦊", ""])
+def test_milvus_takes_texts_without_weights_and_their_words_find_others(
+    embeddings: BGEM3Embeddings, tmp_path: Path, weightless: str
+) -> None:
+    from langchain_milvus import Milvus
+
+    assert embeddings.encode([weightless], lexical=True).lexical == [{}]
+    store = Milvus.from_texts(
+        [weightless, *TEXTS],
+        BGEM3MilvusSparse(embeddings),
+        vector_field="sparse",
+        index_params={"index_type": "SPARSE_INVERTED_INDEX", "metric_type": "IP"},
+        search_params={"metric_type": "IP"},
+        connection_args={"uri": str(tmp_path / "milvus.db")},
+        consistency_level="Strong",
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f'pip install "langchain-bge-dense[{extra}]"' in done.stdout
+    (best, score), *others = store.similarity_search_with_score(PART, k=5)
+    assert best.page_content == TEXTS[2]
+    assert score > 0
+    assert [found for found, score in others if found.page_content == weightless and score] == []
+    store.similarity_search(weightless, k=1)
