@@ -104,10 +104,10 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     """Longest text in tokens; None: as many as the checkpoint has positions for."""
     on_truncate: Literal["warn", "raise", "ignore"] = "warn"
     """What to do about a text that is longer than `max_length`."""
-    query_instruction: str = ""
-    """Put in front of every query."""
-    document_instruction: str = ""
-    """Put in front of every document."""
+    query_instruction: str | None = None
+    """Put in front of every query; None: the checkpoint's own prompt for queries, if it has one."""
+    document_instruction: str | None = None
+    """Put in front of every document; None: the checkpoint's own prompt for documents."""
     batch_tokens: int | None = Field(None, ge=1)
     """Tokens per forward pass; None: measured best for the device."""
     show_progress: bool = False
@@ -261,7 +261,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         dense: bool = True,
         lexical: bool = False,
         colbert: bool = False,
-        instruction: str | None = None,
+        query: bool = False,
     ) -> M3Encoding:
         """Compute any of BGE-M3's three outputs in one forward pass.
 
@@ -270,7 +270,8 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             dense: Compute dense vectors, `(N, D)` float32.
             lexical: Compute lexical weights, N dicts of token id to weight.
             colbert: Compute ColBERT vectors, N arrays `(T_i, D)` float32.
-            instruction: Put in front of each text; None: `document_instruction`.
+            query: The texts are queries: `query_instruction` goes in front of them, and they go
+                ahead of documents that wait.
 
         Returns:
             The outputs that were asked for, with token counts and what was truncated.
@@ -283,12 +284,9 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             >>> encoding.dense.shape[0], len(encoding.lexical)
             (1, 1)
         """
-        options = self._options(query=False)
-        if instruction is not None:
-            options = options._replace(instruction=instruction)
         return self._loaded().encode(
             texts,
-            options._replace(paired=False),
+            self._options(query=query)._replace(paired=False),
             dense=dense,
             lexical=lexical,
             colbert=colbert,
@@ -338,7 +336,8 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         parts = [name, found.digest, self._pooling()]
         if not self.normalize:
             parts.append("unnormalized")
-        instructions = {"query": self.query_instruction, "document": self.document_instruction}
+        query, document = (self._instruction(query=query) for query in (True, False))
+        instructions = {"query": query, "document": document}
         parts += [f"{kind}_{_digest(text)}" for kind, text in instructions.items() if text]
         return "-".join(parts)
 
@@ -395,6 +394,14 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     def _pooling(self) -> str:
         return self._checkpoint().pooling if self.pooling == "auto" else self.pooling
 
+    def _instruction(self, *, query: bool) -> str:
+        """What goes in front of a text: the field, else the checkpoint's prompt."""
+        own = self.query_instruction if query else self.document_instruction
+        if own is not None:
+            return own
+        prompts = self._checkpoint().prompts
+        return prompts.query if query else prompts.document
+
     def _loaded(self) -> BaseEngine:
         engine: BaseEngine | None = self._engine  # read once: `close` may come at any moment
         if engine is None:
@@ -421,7 +428,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         from langchain_bge_dense._engine.calls import Options
 
         return Options(
-            instruction=self.query_instruction if query else self.document_instruction,
+            instruction=self._instruction(query=query),
             max_length=self._checkpoint().longest(self.max_length),
             on_truncate=self.on_truncate,
             normalize=self.normalize,

@@ -8,19 +8,19 @@ compared here before any weight is loaded.
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import re
 import zipfile
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from langchain_bge_dense._engine.files import Parsing, damaged, read_json
+from langchain_bge_dense._engine.modules import Prompts, read_prompts
+
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
     Shapes = dict[str, tuple[int, ...]]
 
@@ -41,7 +41,6 @@ _REDIRECTING_SETTINGS = (
 _POOLING_MODES = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
 # Families that count positions from pad_token_id + 1.
 _OFFSET_POSITIONS = ("roberta", "camembert", "mpnet", "longformer", "xmod", "data2vec-text")
-_LFS_POINTER = b"version https://git-lfs"
 _LAYER = re.compile(r"\blayers?\.\d+\.")
 _UNUSED = "pooler."  # BGE-M3 pools by itself
 _TENSORFLOW_NAMES = {"gamma": "weight", "beta": "bias"}
@@ -62,6 +61,7 @@ class Checkpoint:
         has_heads: Whether it has lexical weights and ColBERT vectors.
         dimension: Width of a dense vector.
         positions: Longest input in tokens.
+        prompts: What its authors put in front of queries and documents.
     """
 
     folder: Path
@@ -70,6 +70,7 @@ class Checkpoint:
     has_heads: bool
     dimension: int
     positions: int
+    prompts: Prompts
 
     @property
     def pooling(self) -> str:
@@ -110,7 +111,7 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
         ValueError: A file is damaged, or redirects transformers to files that are not verified.
         OSError: A file cannot be read.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     _refuse_redirects(config, folder)
     _require_tokenizer(folder)
     heads = [folder / head for head in HEADS if (folder / head).exists()]
@@ -123,6 +124,7 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
         has_heads=len(heads) == len(HEADS),
         dimension=_config_number(config, "hidden_size", folder),
         positions=_positions(config, folder),
+        prompts=read_prompts(folder),
     )
 
 
@@ -146,10 +148,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    files = _read_json(index).get("weight_map")
+    files = read_json(index).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     if not names or any("/" in name or "\\" in name for name in names):
-        raise _damaged(index, "its weight_map is not a list of files beside it")
+        raise damaged(index, "its weight_map is not a list of files beside it")
     missing = [name for name in names if not index.with_name(name).exists()]
     if missing:
         msg = (
@@ -266,39 +268,6 @@ def check_vocabulary(tokenizer: Any, rows: int, folder: Path) -> None:
         raise ValueError(msg)
 
 
-class Parsing(AbstractContextManager[None]):
-    """Turns whatever a parser raises at a broken file into a `ValueError` that names the file.
-
-    Args:
-        file: The file that is parsed.
-        unrelated: Exceptions that pass as they are, beside `OSError` and `MemoryError`.
-    """
-
-    def __init__(self, file: Path, *unrelated: type[Exception]) -> None:
-        self._file = file
-        self._unrelated: tuple[type[Exception], ...] = (OSError, MemoryError, *unrelated)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Raise the `ValueError`."""
-        if isinstance(error, Exception) and not isinstance(error, self._unrelated):
-            text = str(error).strip().partition("\n")[0].rstrip(" .")
-            raise _damaged(self._file, f"{type(error).__name__}: {text}") from error
-
-
-def _damaged(file: Path, reason: str) -> ValueError:
-    with file.open("rb") as stream:
-        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            reason = "it is a pointer of Git LFS in place of the file (`git lfs pull` fetches it)"
-    return ValueError(
-        f"The checkpoint file {file} is damaged: {reason}. Delete it and download it again."
-    )
-
-
 def _mismatched(file: Path, reason: str) -> ValueError:
     return ValueError(
         f"The weights in {file} belong to another model than config.json: {reason}. "
@@ -312,20 +281,6 @@ def _check_container(file: Path) -> None:
             safe_open(file, framework="np")
         else:
             zipfile.ZipFile(stream)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        msg = (
-            f"There is no {file.name} in the checkpoint folder {file.parent}. "
-            "Pass the folder of a transformers checkpoint, or a hub id such as BAAI/bge-m3."
-        )
-        raise FileNotFoundError(msg)
-    with Parsing(file):
-        content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise _damaged(file, "it is not a JSON object")
-    return content
 
 
 def _refuse_redirects(config: dict[str, Any], folder: Path) -> None:
@@ -354,13 +309,13 @@ def _require_tokenizer(folder: Path) -> None:
         raise FileNotFoundError(msg)
     for name in TOKENIZER_SETTINGS:
         if (folder / name).exists():
-            _read_json(folder / name)
+            read_json(folder / name)
 
 
 def _pooling(file: Path) -> str:
     if not file.exists():
         return "cls"
-    config = _read_json(file)
+    config = read_json(file)
     prefix = "pooling_mode_"
     modes = [key[len(prefix) :] for key, on in config.items() if on is True and prefix in key]
     mode = str(config.get("pooling_mode") or "+".join(modes) or "cls")
@@ -376,7 +331,7 @@ def _pooling(file: Path) -> str:
 def _config_number(config: dict[str, Any], key: str, folder: Path, least: int = 1) -> int:
     value = config.get(key)
     if not isinstance(value, int) or value < least:
-        raise _damaged(folder / "config.json", f"its {key} is {value!r}")
+        raise damaged(folder / "config.json", f"its {key} is {value!r}")
     return value
 
 

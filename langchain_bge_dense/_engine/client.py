@@ -33,6 +33,7 @@ from tenacity import (
 from langchain_bge_dense._engine.calls import BaseEngine, check_text, result, windows
 from langchain_bge_dense._engine.checkpoint import Checkpoint
 from langchain_bge_dense._engine.locks import forkable_lock
+from langchain_bge_dense._engine.modules import Prompts
 from langchain_bge_dense._engine.outputs import encoding_of
 from langchain_bge_dense._engine.wire import unpack
 
@@ -80,7 +81,7 @@ _ALIVE = [
 
 @dataclass(frozen=True)
 class ServedCheckpoint(Checkpoint):
-    """A checkpoint on a server, and the pooling that it is served with."""
+    """A checkpoint on a server, and the pooling and the instructions that it is served with."""
 
     served_pooling: str
 
@@ -143,7 +144,12 @@ class Client(BaseEngine):
         info = self._info
         names = ("name", "digest", "has_heads", "dimension", "positions")
         facts = {name: info[name] for name in names}
-        return ServedCheckpoint(Path(info["folder"]), **facts, served_pooling=info["pooling"])
+        return ServedCheckpoint(
+            Path(info["folder"]),
+            **facts,
+            prompts=Prompts(info["query_instruction"], info["document_instruction"]),
+            served_pooling=info["pooling"],
+        )
 
     def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Post:
         """The HTTP requests for a window of texts."""

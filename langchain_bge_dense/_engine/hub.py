@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_bge_dense._engine.checkpoint import POOLING_FILE, SMALL_FILES
+from langchain_bge_dense._engine.modules import PROMPTS_FILE
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 _SHARD = r"(-\d{5}-of-\d{5})?"
@@ -71,7 +72,7 @@ def _download(source: HubSource) -> Path:
 
     no_bar = partial(tqdm, disable=True)  # the files beside the weights take seconds
     try:
-        folder = _fetch(source, source.revision, [*SMALL_FILES, POOLING_FILE], no_bar)
+        folder = _fetch(source, source.revision, [*SMALL_FILES, POOLING_FILE, PROMPTS_FILE], no_bar)
         if weights := _missing_weights(source, folder):
             _fetch(source, folder.name, weights)
     except (OSError, HTTPError, RuntimeError) as error:  # the last one by hf_xet

@@ -12,11 +12,11 @@ import torch
 from langchain_bge_dense._engine.checkpoint import (
     TOKENIZERS,
     Checkpoint,
-    Parsing,
     check_vocabulary,
     check_weights,
 )
 from langchain_bge_dense._engine.encoder import Encoder, Heads
+from langchain_bge_dense._engine.files import Parsing
 from langchain_bge_dense._engine.layers import MODEL_TYPES, PackedEncoder, PaddedEncoder
 from langchain_bge_dense._engine.linear import LinearFactory
 from langchain_bge_dense._engine.locks import forkable_lock

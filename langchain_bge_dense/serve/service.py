@@ -143,7 +143,6 @@ class Service:
         """What is served, and how."""
         embeddings = self.embeddings
         found = embeddings._checkpoint()  # noqa: SLF001
-        settings = ("normalize", "on_truncate", "query_instruction", "document_instruction")
         return {
             "version": version("langchain-bge-dense"),
             "fingerprint": embeddings.fingerprint,
@@ -156,7 +155,10 @@ class Service:
             "positions": found.positions,
             "max_length": found.longest(embeddings.max_length),
             "limits": self.limits,
-            **{name: getattr(embeddings, name) for name in settings},
+            "normalize": embeddings.normalize,
+            "on_truncate": embeddings.on_truncate,
+            "query_instruction": embeddings._instruction(query=True),  # noqa: SLF001
+            "document_instruction": embeddings._instruction(query=False),  # noqa: SLF001
         }
 
     def _check_room(self, texts: int, limit: str) -> None:

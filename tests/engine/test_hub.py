@@ -34,6 +34,7 @@ NEEDED = {
     "colbert_linear.pt",
     "sparse_linear.pt",
     "1_Pooling/config.json",
+    "config_sentence_transformers.json",
 }
 NOT_NEEDED = (
     ".gitattributes",
