@@ -333,7 +333,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         """
         found = self._checkpoint()
         name = re.sub(r"[^A-Za-z0-9._-]", "_", found.name)
-        parts = [name, found.digest, self._pooling()]
+        parts = [name, found.digest, found.modules.pooling]
         if not self.normalize:
             parts.append("unnormalized")
         query, document = (self._instruction(query=query) for query in (True, False))
@@ -386,20 +386,22 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     def _read_checkpoint(self) -> Checkpoint:
         token = None if self.token is None else self.token.get_secret_value()
         source = HubSource(
-            self.model, self.revision, token, self.cache_folder, self.local_files_only
+            self.model,
+            self.revision,
+            token,
+            self.cache_folder,
+            self.local_files_only,
+            needs_modules=self.pooling == "auto",
         )
         folder = resolve(source)
-        return read_checkpoint(folder, Path(self.model).name or folder.name)
-
-    def _pooling(self) -> str:
-        return self._checkpoint().pooling if self.pooling == "auto" else self.pooling
+        return read_checkpoint(folder, Path(self.model).name or folder.name, self.pooling)
 
     def _instruction(self, *, query: bool) -> str:
         """What goes in front of a text: the field, else the checkpoint's prompt."""
         own = self.query_instruction if query else self.document_instruction
         if own is not None:
             return own
-        prompts = self._checkpoint().prompts
+        prompts = self._checkpoint().modules.prompts
         return prompts.query if query else prompts.document
 
     def _loaded(self) -> BaseEngine:
@@ -414,7 +416,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
 
         found = self._checkpoint()
         found.longest(self.max_length)  # a wrong one should not cost the loading of the weights
-        return shared_engine(found, self._pooling(), self.device, self.dtype)
+        return shared_engine(found, self.device, self.dtype)
 
     def _connect(self, base_url: str) -> BaseEngine:
         from langchain_bge_dense._engine.client import shared_client

@@ -33,7 +33,7 @@ from tenacity import (
 from langchain_bge_dense._engine.calls import BaseEngine, check_text, result, windows
 from langchain_bge_dense._engine.checkpoint import Checkpoint
 from langchain_bge_dense._engine.locks import forkable_lock
-from langchain_bge_dense._engine.modules import Prompts
+from langchain_bge_dense._engine.modules import Modules, Prompts
 from langchain_bge_dense._engine.outputs import encoding_of
 from langchain_bge_dense._engine.wire import unpack
 
@@ -77,18 +77,6 @@ _ALIVE = [
     )
     if hasattr(socket, option)
 ]
-
-
-@dataclass(frozen=True)
-class ServedCheckpoint(Checkpoint):
-    """A checkpoint on a server, and the pooling and the instructions that it is served with."""
-
-    served_pooling: str
-
-    @property
-    def pooling(self) -> str:
-        """`"cls"` or `"mean"`."""
-        return self.served_pooling
 
 
 @dataclass(eq=False)
@@ -144,12 +132,9 @@ class Client(BaseEngine):
         info = self._info
         names = ("name", "digest", "has_heads", "dimension", "positions")
         facts = {name: info[name] for name in names}
-        return ServedCheckpoint(
-            Path(info["folder"]),
-            **facts,
-            prompts=Prompts(info["query_instruction"], info["document_instruction"]),
-            served_pooling=info["pooling"],
-        )
+        prompts = Prompts(info["query_instruction"], info["document_instruction"])
+        modules = Modules(info["pooling"], prompts=prompts)
+        return Checkpoint(Path(info["folder"]), **facts, modules=modules)
 
     def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Post:
         """The HTTP requests for a window of texts."""
@@ -164,7 +149,7 @@ class Client(BaseEngine):
             "on_truncate": "raise" if options.on_truncate == "raise" else "ignore",
             "encoding_format": "safetensors",
             "digest": self.checkpoint.digest,
-            "pooling": self.checkpoint.pooling,
+            "pooling": self.checkpoint.modules.pooling,
         }
         limits = self._info["limits"]
         most = limits["colbert_texts" if outputs.colbert else "texts"]

@@ -149,7 +149,7 @@ class Service:
             "name": found.name,
             "folder": str(found.folder),
             "digest": found.digest,
-            "pooling": embeddings._pooling(),  # noqa: SLF001
+            "pooling": found.modules.pooling,
             "has_heads": found.has_heads,
             "dimension": found.dimension,
             "positions": found.positions,
@@ -177,8 +177,8 @@ class Service:
 
     def _check_model(self, asked: EncodeRequest) -> None:
         """Refuse who knows another model from before."""
-        served = {"digest": self.embeddings._checkpoint().digest}  # noqa: SLF001
-        served["pooling"] = self.embeddings._pooling()  # noqa: SLF001
+        found = self.embeddings._checkpoint()  # noqa: SLF001
+        served = {"digest": found.digest, "pooling": found.modules.pooling}
         for name, value in served.items():
             if getattr(asked, name) not in (None, value):
                 msg = (
