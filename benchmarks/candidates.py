@@ -103,9 +103,7 @@ def add_colbert(
     scores: NDArray[np.float32],
 ) -> None:
     """Write MaxSim scores into `(Q, C)`; each passage is encoded once, a batch at a time."""
-    encoded = embeddings.encode(
-        queries, dense=False, colbert=True, instruction=embeddings.query_instruction
-    ).colbert
+    encoded = embeddings.encode(queries, dense=False, colbert=True, query=True).colbert
     asked: dict[str, list[tuple[int, int]]] = {passage: [] for passage in texts}
     for row, passages in enumerate(ids):
         for column, passage in enumerate(passages):

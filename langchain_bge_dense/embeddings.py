@@ -142,10 +142,10 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     """Longest text in tokens; None: as many as the checkpoint has positions for."""
     on_truncate: Literal["warn", "raise", "ignore"] = "warn"
     """What to do about a text that is longer than `max_length`."""
-    query_instruction: str = ""
-    """Put in front of every query."""
-    document_instruction: str = ""
-    """Put in front of every document."""
+    query_instruction: str | None = None
+    """Put in front of every query; None: the checkpoint's own prompt for queries, if it has one."""
+    document_instruction: str | None = None
+    """Put in front of every document; None: the checkpoint's own prompt for documents."""
     batch_tokens: int | None = Field(None, ge=1)
     """Tokens per forward pass; None: measured best for the device."""
     show_progress: bool = False
@@ -327,7 +327,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         dense: bool = True,
         lexical: bool = False,
         colbert: bool = False,
-        instruction: str | None = None,
+        query: bool = False,
     ) -> M3Encoding:
         """Compute any of BGE-M3's three outputs in one forward pass.
 
@@ -336,7 +336,8 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             dense: Compute dense vectors, `(N, D)` float32.
             lexical: Compute lexical weights, N dicts of token id to weight.
             colbert: Compute ColBERT vectors, N arrays `(T_i, D)` float32.
-            instruction: Put in front of each text; None: `document_instruction`.
+            query: The texts are queries: `query_instruction` goes in front of them, and they go
+                ahead of documents that wait.
 
         Returns:
             The outputs that were asked for, with token counts and what was truncated.
@@ -349,12 +350,9 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             >>> encoding.dense.shape[0], len(encoding.lexical)
             (1, 1)
         """
-        options = self._options(query=False)
-        if instruction is not None:
-            options = options._replace(instruction=instruction)
         return self._loaded().encode(
             texts,
-            options._replace(paired=False),
+            self._options(query=query)._replace(paired=False),
             dense=dense,
             lexical=lexical,
             colbert=colbert,
@@ -401,10 +399,11 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         """
         found = self._checkpoint()
         name = re.sub(r"[^A-Za-z0-9._-]", "_", found.name)
-        parts = [name, found.digest, self._pooling()]
+        parts = [name, found.digest, found.modules.pooling]
         if not self.normalize:
             parts.append("unnormalized")
-        instructions = {"query": self.query_instruction, "document": self.document_instruction}
+        query, document = (self._instruction(query=query) for query in (True, False))
+        instructions = {"query": query, "document": document}
         parts += [f"{kind}_{_digest(text)}" for kind, text in instructions.items() if text]
         return "-".join(parts)
 
@@ -453,13 +452,23 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     def _read_checkpoint(self) -> Checkpoint:
         token = None if self.token is None else self.token.get_secret_value()
         source = HubSource(
-            self.model, self.revision, token, self.cache_folder, self.local_files_only
+            self.model,
+            self.revision,
+            token,
+            self.cache_folder,
+            self.local_files_only,
+            needs_modules=self.pooling == "auto",
         )
         folder = resolve(source)
-        return read_checkpoint(folder, Path(self.model).name or folder.name)
+        return read_checkpoint(folder, Path(self.model).name or folder.name, self.pooling)
 
-    def _pooling(self) -> str:
-        return self._checkpoint().pooling if self.pooling == "auto" else self.pooling
+    def _instruction(self, *, query: bool) -> str:
+        """What goes in front of a text: the field, else the checkpoint's prompt."""
+        own = self.query_instruction if query else self.document_instruction
+        if own is not None:
+            return own
+        prompts = self._checkpoint().modules.prompts
+        return prompts.query if query else prompts.document
 
     def _loaded(self) -> BaseEngine:
         engine: BaseEngine | None = self._engine  # read once: `close` may come at any moment
@@ -473,7 +482,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
 
         found = self._checkpoint()
         found.longest(self.max_length)  # a wrong one should not cost the loading of the weights
-        return shared_engine(found, self._pooling(), self.device, self.dtype)
+        return shared_engine(found, self.device, self.dtype)
 
     def _connect(self, base_url: str) -> BaseEngine:
         from langchain_bge_dense._engine.client import shared_client
@@ -487,7 +496,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         from langchain_bge_dense._engine.calls import Options
 
         return Options(
-            instruction=self.query_instruction if query else self.document_instruction,
+            instruction=self._instruction(query=query),
             max_length=self._checkpoint().longest(self.max_length),
             on_truncate=self.on_truncate,
             normalize=self.normalize,

@@ -294,10 +294,11 @@ def find_matches(
     documents = [
         p if isinstance(p, Document) else Document.model_construct(page_content=p) for p in passages
     ]
-    instruction = embeddings.query_instruction
+    asked_text = embeddings._instruction(query=True) + query  # noqa: SLF001
+    instruction = embeddings._instruction(query=False)  # noqa: SLF001
     signals: Any = {"dense": False, "lexical": True, "colbert": True}
-    asked: Any = embeddings.encode([query], **signals, instruction=instruction)
-    words = _words(embeddings, instruction + query, asked.lexical[0])
+    asked: Any = embeddings.encode([query], **signals, query=True)
+    words = _words(embeddings, asked_text, asked.lexical[0])
     stored = _stored(embeddings, store, documents)
     texts = [document.page_content for document in documents]
     signals["colbert"] = len(stored) < len(texts)
@@ -306,9 +307,9 @@ def find_matches(
     for row, document in enumerate(documents):
         vectors = stored[row] if row in stored else held.colbert[row]  # (T, D)
         similarities = product(asked.colbert[0], vectors.T)  # (Q, T)
-        spans = _spans(embeddings, texts[row], embeddings.document_instruction)
+        spans = _spans(embeddings, texts[row], instruction)
         matches.append(_match(words, document, held.lexical[row], similarities, spans))
-    return Matches(instruction + query, tuple(words), tuple(matches))
+    return Matches(asked_text, tuple(words), tuple(matches))
 
 
 def _stored(

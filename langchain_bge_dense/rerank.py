@@ -113,7 +113,7 @@ class BGEM3Reranker(BaseDocumentCompressor):
         used = {name: w for name, w in zip(SIGNALS, self.weights, strict=True) if w > 0}
         wanted: Any = {name: name in used for name in SIGNALS}
         model = self._model
-        encoded = model.encode([query], instruction=model.query_instruction, **wanted)
+        encoded = model.encode([query], query=True, **wanted)
         scores = {name: np.empty(len(documents), np.float32) for name in used}  # (N,) each
         kept = self._read_stored(encoded, documents, scores)
         rest = [row for row in range(len(documents)) if row not in kept]

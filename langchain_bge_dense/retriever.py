@@ -174,7 +174,7 @@ class BGEM3Retriever(BaseRetriever):
             [search.query],
             lexical=weights is not None,
             colbert=colbert,
-            instruction=model.query_instruction,
+            query=True,
         )
         candidates = self._candidates(search, encoded, weights)
         if colbert and candidates.ids:

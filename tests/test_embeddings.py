@@ -194,7 +194,9 @@ def test_instructions_are_put_in_front(tiny: BGEM3Embeddings) -> None:
     told = changed(tiny, query_instruction="find: ", document_instruction="text: ")
     assert told.embed_query("free") == tiny.embed_query("find: free")
     assert told.embed_documents(["free"])[0] == tiny.embed_query("text: free")
-    assert told.encode(["free"], instruction="").dense[0].tolist() == tiny.embed_query("free")
+    for query in (True, False):
+        [vector] = told.encode(["free"], query=query).dense.tolist()
+        assert vector == (told.embed_query("free") if query else told.embed_documents(["free"])[0])
 
 
 def test_a_dense_only_checkpoint_says_so(tiny_checkpoint: Path, tmp_path: Path) -> None:

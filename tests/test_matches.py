@@ -46,9 +46,7 @@ def texts(html: str) -> list[str]:
 
 def lexical_score(embeddings: BGEM3Embeddings, query: str, passage: str) -> float:
     """The score as the model's own weights give it."""
-    [asked] = embeddings.encode(
-        [query], dense=False, lexical=True, instruction=embeddings.query_instruction
-    ).lexical
+    [asked] = embeddings.encode([query], dense=False, lexical=True, query=True).lexical
     [held] = embeddings.encode([passage], dense=False, lexical=True).lexical
     return sum(weight * held.get(token, 0) for token, weight in asked.items())
 
@@ -126,9 +124,7 @@ def test_marks_that_touch_are_one(
 
 def colbert_scores(embeddings: BGEM3Embeddings, query: str, passages: Iterable[str]) -> list[float]:
     """The scores as the model's own vectors give them."""
-    [asked] = embeddings.encode(
-        [query], dense=False, colbert=True, instruction=embeddings.query_instruction
-    ).colbert
+    [asked] = embeddings.encode([query], dense=False, colbert=True, query=True).colbert
     held = embeddings.encode(passages, dense=False, colbert=True).colbert
     return maxsim_scores(asked, held).tolist()
 

@@ -192,6 +192,10 @@ def write_pooling(folder: Path, hidden: int) -> None:
     ]
     _write_json(folder / "modules.json", modules)
     (folder / "1_Pooling").mkdir(exist_ok=True)
+    # As BGE-M3's has them: nothing goes in front of a text.
+    _write_json(
+        folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None}
+    )
     pooling = {"word_embedding_dimension": hidden, "pooling_mode_cls_token": True}
     _write_json(folder / "1_Pooling" / "config.json", pooling)
 

@@ -1,35 +1,32 @@
-"""What the files of a BGE-M3 or sentence-transformers checkpoint say, and whether they are whole.
+"""What the files of a checkpoint say, and whether they belong together.
 
 transformers fills missing tensors with random numbers and drops surplus ones, with a remark in a
-log; of a damaged file, neither it nor torch gives the name. So names, shapes and vocabulary are
-compared here before any weight is loaded.
+log. So it is asked first, without any data, what it would make of the files.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import pickle
-import re
-import zipfile
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+from langchain_bge_dense._engine.files import (
+    check_container,
+    digest_of,
+    first_line,
+    read_json,
+    shapes,
+    weight_files,
+)
+from langchain_bge_dense._engine.modules import Dense, Modules, read_modules, transformer_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
-    from types import TracebackType
-
-    Shapes = dict[str, tuple[int, ...]]
 
 HEADS = ("colbert_linear.pt", "sparse_linear.pt")
 TOKENIZERS = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.txt")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SMALL_FILES = ("config.json", *TOKENIZER_SETTINGS, *TOKENIZERS, *HEADS)
-POOLING_FILE = "1_Pooling/config.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order that transformers prefers
 
 # Settings that make transformers load, even download, other files than those verified here.
 _REDIRECTING_SETTINGS = (
@@ -38,17 +35,15 @@ _REDIRECTING_SETTINGS = (
     "attn_implementation",
     "_attn_implementation",
 )
-_POOLING_MODES = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
+# What families call these numbers.
+_WIDTHS = ("hidden_size", "dim", "d_model", "n_embd")
+_POSITIONS = ("max_position_embeddings", "n_positions")
 # Families that count positions from pad_token_id + 1.
 _OFFSET_POSITIONS = ("roberta", "camembert", "mpnet", "longformer", "xmod", "data2vec-text")
-_LFS_POINTER = b"version https://git-lfs"
-_LAYER = re.compile(r"\blayers?\.\d+\.")
-_UNUSED = "pooler."  # BGE-M3 pools by itself
-_TENSORFLOW_NAMES = {"gamma": "weight", "beta": "bias"}
+ENCODERS_OF_PAIRS = ("t5", "mt5", "umt5")  # whose encoder is run without the decoder
 
-# So many that one falls into each matrix of BGE-M3, 4 MiB of 2.3 GB.
-_DIGEST_BLOCKS = 1 << 10
-_BLOCK_BYTES = 1 << 12
+_UNUSED = ("pooler.", "decoder.")  # BGE-M3 pools by itself
+_CLASSIFIERS = ("classifier.", "score.")
 
 
 @dataclass(frozen=True)
@@ -56,12 +51,13 @@ class Checkpoint:
     """A checkpoint folder and what its files say.
 
     Attributes:
-        folder: Where the files are.
+        folder: Where the transformer's files are.
         name: The last part of the hub id or of the folder, for people to read.
         digest: Twelve hex digits over every file that changes the vectors.
         has_heads: Whether it has lexical weights and ColBERT vectors.
         dimension: Width of a dense vector.
         positions: Longest input in tokens.
+        modules: What is done beside running the transformer.
     """
 
     folder: Path
@@ -70,15 +66,7 @@ class Checkpoint:
     has_heads: bool
     dimension: int
     positions: int
-
-    @property
-    def pooling(self) -> str:
-        """`"cls"` or `"mean"`, as the checkpoint's pooling file says.
-
-        Raises:
-            ValueError: The file names another pooling.
-        """
-        return _pooling(self.folder / POOLING_FILE)
+    modules: Modules
 
     def longest(self, max_length: int | None) -> int:
         """Tokens that texts are cut to; with None, as many as there are positions.
@@ -95,149 +83,153 @@ class Checkpoint:
         return max_length or self.positions
 
 
-def read_checkpoint(folder: Path, name: str) -> Checkpoint:
+def read_checkpoint(folder: Path, name: str, pooling: str = "auto") -> Checkpoint:
     """Read a checkpoint's facts and check that no file is missing or cut short.
 
     Args:
         folder: A local folder. Links in it are followed wherever they lead.
         name: What to call it in messages and in the fingerprint.
+        pooling: `"auto"`, as the files say; or `"cls"` or `"mean"`.
 
     Returns:
         The facts.
 
     Raises:
         FileNotFoundError: A required file is missing.
-        ValueError: A file is damaged, or redirects transformers to files that are not verified.
+        ValueError: A file is damaged, asks for what is not done here, or redirects transformers to
+            files that are not verified.
         OSError: A file cannot be read.
     """
-    config = _read_json(folder / "config.json")
+    root, folder = folder, transformer_folder(folder)
+    config = read_json(folder / "config.json")
     _refuse_redirects(config, folder)
-    _require_tokenizer(folder)
+    _refuse_code(config, folder / "config.json", "AutoModel")
+    _refuse_classifier(config, folder / "config.json")
+    _check_tokenizer(folder)
+    modules = read_modules(root, pooling)
+    layers = [layer for layer in modules.layers if layer is not None]
     heads = [folder / head for head in HEADS if (folder / head).exists()]
-    for file in (*weight_files(folder), *heads):
-        _check_container(file)
+    weights = [
+        file
+        for part in (folder, *(layer.folder for layer in layers))
+        for file in weight_files(part)
+    ]
+    for file in (*weights, *heads):
+        check_container(file)
+    small = [folder / name for name in SMALL_FILES]
     return Checkpoint(
         folder=folder,
         name=name,
-        digest=_digest(folder),
+        digest=digest_of(root, [*small, *weights], _digested(modules)),
         has_heads=len(heads) == len(HEADS),
-        dimension=_config_number(config, "hidden_size", folder),
-        positions=_positions(config, folder),
+        dimension=layers[-1].outputs if layers else _number(config, _WIDTHS, folder),
+        positions=_positions(config, modules, folder),
+        modules=modules,
     )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a local checkpoint; safetensors before `.bin`.
-
-    Raises:
-        FileNotFoundError: There are none, or a shard is missing.
-        ValueError: The list of shards is damaged.
-    """
-    for single in WEIGHTS:
-        if (folder / single).exists():
-            return [folder / single]
-        if (index := folder / f"{single}.index.json").exists():
-            return _shards(index)
-    msg = (
-        f"The checkpoint folder {folder} holds neither {' nor '.join(WEIGHTS)}. "
-        "Download it again, or pass the folder that holds the weights."
-    )
-    raise FileNotFoundError(msg)
-
-
-def _shards(index: Path) -> list[Path]:
-    files = _read_json(index).get("weight_map")
-    names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
-    if not names or any("/" in name or "\\" in name for name in names):
-        raise _damaged(index, "its weight_map is not a list of files beside it")
-    missing = [name for name in names if not index.with_name(name).exists()]
-    if missing:
-        msg = (
-            f"The checkpoint folder {index.parent} lacks {', '.join(missing)}, which {index.name} "
-            "lists. Download it again."
-        )
-        raise FileNotFoundError(msg)
-    return [index.with_name(name) for name in names]
+def _digested(modules: Modules) -> str:
+    """What changes the vectors and is in no file that is in the digest whole."""
+    layers = [layer and (layer.folder.name, *layer[1:]) for layer in modules.layers]
+    return repr((modules.lower_case, layers)) if modules.lower_case or layers else ""
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Compare names and shapes of all tensors with `config.json`; runs no code of the files.
+    """Compare names and shapes of all tensors with the model; runs no code of the files.
 
     Raises:
         ValueError: A file is damaged or hostile, or belongs to another model.
     """
-    expected, prefix = _expected_shapes(checkpoint.folder)
     files = weight_files(checkpoint.folder)
-    missing = set(expected)
     for file in files:
-        for stored, shape in _shapes(file).items():
-            name = _model_name(stored, prefix)
-            _check_tensor(file, name, shape, expected)
-            missing.discard(name)
+        shapes(file)  # names the one that is damaged
+    encoder, found = _load_without_data(checkpoint.folder)
+    _check_fit(files[0], encoder, found)
+    if checkpoint.has_heads:
+        _check_heads(checkpoint.folder, encoder.config.hidden_size)
+    for layer in checkpoint.modules.layers:
+        if layer is not None:
+            _check_layer(layer)
+
+
+def _check_fit(file: Path, encoder: Any, found: dict[str, Any]) -> None:
+    """Refuse weights of which transformers would fill in some, or drop some of the encoder's."""
+    _refuse_additions(file, found["unexpected_keys"])
+    for name, stored, expected in sorted(found["mismatched_keys"]):
+        if not name.startswith(_UNUSED):
+            shape = tuple(stored)
+            reason = f"its tensor {name} is {shape}, and config.json makes it {tuple(expected)}"
+            raise _mismatched(file, reason)
+    missing = [name for name in found["missing_keys"] if not name.startswith(_UNUSED)]
     if missing:
         reason = f"{len(missing)} tensors that config.json asks for are missing, {min(missing)} "
-        raise _mismatched(files[0], f"{reason}among them")
-    if checkpoint.has_heads:
-        _check_heads(checkpoint)
+        raise _mismatched(file, f"{reason}among them")
+    parts = {part for part, _ in encoder.named_children()}
+    for name in sorted(found["unexpected_keys"]):
+        own = name.removeprefix(f"{encoder.base_model_prefix}.")
+        if own.partition(".")[0] in parts and not own.startswith(_UNUSED):
+            raise _mismatched(file, f"config.json has no layer for its tensor {name}")
 
 
-def _expected_shapes(folder: Path) -> tuple[Shapes, str]:
-    """Shapes of the encoder that `config.json` describes, and the prefix that names it."""
-    import torch
-    from transformers import AutoConfig, AutoModel
+def _refuse_additions(file: Path, names: Iterable[str]) -> None:
+    """Refuse what makes another model of the encoder."""
+    for name in sorted(names):
+        if "lora_" in name or "adapter" in name:
+            msg = (
+                f"The weights in {file} hold an adapter beside the model ({name}). Merge it into "
+                "them, with merge_and_unload of peft, and save the model."
+            )
+            raise ValueError(msg)
+        if name.startswith(_CLASSIFIERS):
+            raise _no_embedder(file, f"the tensor {name}")
 
-    with Parsing(folder / "config.json"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        encoder: Any = AutoModel.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False
+
+def _load_without_data(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The model that transformers makes of a checkpoint, and how the files fit it."""
+    import transformers
+
+    try:
+        loaded: tuple[Any, dict[str, Any]] = transformers.AutoModel.from_pretrained(
+            str(folder),
+            trust_remote_code=False,
+            weights_only=True,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    shapes = {name: tuple(weight.shape) for name, weight in encoder.named_parameters()}
-    used = {name: shape for name, shape in shapes.items() if not name.startswith(_UNUSED)}
-    return used, encoder.base_model_prefix
+    except Exception as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise
+        msg = (
+            f"{folder / 'config.json'} describes no model that transformers "
+            f"{transformers.__version__} can make: {type(error).__name__}: {first_line(error)}. "
+            "Correct it, or take a newer transformers if the model needs one."
+        )
+        raise ValueError(msg) from error
+    config = loaded[0].config
+    if config.is_encoder_decoder and config.model_type not in ENCODERS_OF_PAIRS:
+        msg = (
+            f"{folder / 'config.json'} is of a {config.model_type}, an encoder with a decoder, of "
+            f"which {', '.join(ENCODERS_OF_PAIRS)} are run. Use an encoder, such as BAAI/bge-m3."
+        )
+        raise ValueError(msg)
+    return loaded
 
 
-def _shapes(file: Path) -> Shapes:
-    if file.suffix == ".safetensors":
-        with Parsing(file), safe_open(file, framework="np") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    return _pickled_shapes(file)
+def _check_heads(folder: Path, width: int) -> None:
+    for name in HEADS:
+        found = shapes(folder / name)
+        rows = 1 if name == HEADS[1] else found.get("bias", (width,))[0]
+        expected = {"weight": (rows, width), "bias": (rows,)}
+        if found != expected:
+            raise _mismatched(folder / name, f"its tensors are {found} instead of {expected}")
 
 
-def _pickled_shapes(file: Path) -> Shapes:
-    import torch
-
-    with Parsing(file):
-        try:
-            tensors: Any = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            # torch's own text goes on to say how to run the code.
-            msg = "it holds other things than tensors, which could be code"
-            raise pickle.UnpicklingError(msg) from error
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _model_name(stored: str, prefix: str) -> str:
-    """The name under which transformers looks for a stored tensor in the model."""
-    parts = stored.removeprefix(f"{prefix}.").split(".")
-    return ".".join(_TENSORFLOW_NAMES.get(part, part) for part in parts)
-
-
-def _check_tensor(file: Path, name: str, shape: tuple[int, ...], expected: Shapes) -> None:
-    layer = _LAYER.search(name)
-    if name in expected and shape != expected[name]:
-        reason = f"its tensor {name} is {shape}, and config.json makes it {expected[name]}"
-        raise _mismatched(file, reason)
-    if name not in expected and layer and not any(layer.group() in known for known in expected):
-        raise _mismatched(file, f"config.json has no layer for its tensor {name}")
-
-
-def _check_heads(checkpoint: Checkpoint) -> None:
-    for name, width in zip(HEADS, (checkpoint.dimension, 1), strict=True):
-        file = checkpoint.folder / name
-        expected = {"weight": (width, checkpoint.dimension), "bias": (width,)}
-        shapes = _shapes(file)
-        if shapes != expected:
-            raise _mismatched(file, f"its tensors are {shapes} instead of {expected}")
+def _check_layer(layer: Dense) -> None:
+    [file] = weight_files(layer.folder)
+    found = shapes(file)
+    if found != layer.shapes():
+        raise _mismatched(file, f"its tensors are {found} instead of {layer.shapes()}")
 
 
 def check_vocabulary(tokenizer: Any, rows: int, folder: Path) -> None:
@@ -266,66 +258,11 @@ def check_vocabulary(tokenizer: Any, rows: int, folder: Path) -> None:
         raise ValueError(msg)
 
 
-class Parsing(AbstractContextManager[None]):
-    """Turns whatever a parser raises at a broken file into a `ValueError` that names the file.
-
-    Args:
-        file: The file that is parsed.
-        unrelated: Exceptions that pass as they are, beside `OSError` and `MemoryError`.
-    """
-
-    def __init__(self, file: Path, *unrelated: type[Exception]) -> None:
-        self._file = file
-        self._unrelated: tuple[type[Exception], ...] = (OSError, MemoryError, *unrelated)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Raise the `ValueError`."""
-        if isinstance(error, Exception) and not isinstance(error, self._unrelated):
-            text = str(error).strip().partition("\n")[0].rstrip(" .")
-            raise _damaged(self._file, f"{type(error).__name__}: {text}") from error
-
-
-def _damaged(file: Path, reason: str) -> ValueError:
-    with file.open("rb") as stream:
-        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            reason = "it is a pointer of Git LFS in place of the file (`git lfs pull` fetches it)"
-    return ValueError(
-        f"The checkpoint file {file} is damaged: {reason}. Delete it and download it again."
-    )
-
-
 def _mismatched(file: Path, reason: str) -> ValueError:
     return ValueError(
         f"The weights in {file} belong to another model than config.json: {reason}. "
-        "Download the whole checkpoint again."
+        "Take all files from the same checkpoint."
     )
-
-
-def _check_container(file: Path) -> None:
-    with file.open("rb") as stream, Parsing(file):  # safetensors would not name an unreadable file
-        if file.suffix == ".safetensors":
-            safe_open(file, framework="np")
-        else:
-            zipfile.ZipFile(stream)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        msg = (
-            f"There is no {file.name} in the checkpoint folder {file.parent}. "
-            "Pass the folder of a transformers checkpoint, or a hub id such as BAAI/bge-m3."
-        )
-        raise FileNotFoundError(msg)
-    with Parsing(file):
-        content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise _damaged(file, "it is not a JSON object")
-    return content
 
 
 def _refuse_redirects(config: dict[str, Any], folder: Path) -> None:
@@ -345,7 +282,33 @@ def _refuse_redirects(config: dict[str, Any], folder: Path) -> None:
             raise ValueError(msg)
 
 
-def _require_tokenizer(folder: Path) -> None:
+def _refuse_code(config: dict[str, Any], file: Path, kind: str) -> None:
+    """Refuse a model or tokenizer of which transformers has at best a namesake."""
+    mapped = config.get("auto_map")
+    code = mapped.get(kind) if isinstance(mapped, dict) else mapped
+    if code:
+        msg = (
+            f"{file} names code of its own ({code}), which is not run: without it the vectors "
+            "would be others. Use a checkpoint that transformers runs by itself, or remove "
+            "auto_map if you know that this one is."
+        )
+        raise ValueError(msg)
+
+
+def _refuse_classifier(config: dict[str, Any], file: Path) -> None:
+    for name in config.get("architectures") or ():
+        if str(name).endswith("ForSequenceClassification"):
+            raise _no_embedder(file, name)
+
+
+def _no_embedder(file: Path, sign: str) -> ValueError:
+    return ValueError(
+        f"{file} is of a reranker or another classifier ({sign}): a cross-encoder scores pairs of "
+        "texts and gives no vectors. Use an embedding model, such as BAAI/bge-m3."
+    )
+
+
+def _check_tokenizer(folder: Path) -> None:
     if not any((folder / name).exists() for name in TOKENIZERS):
         msg = (
             f"The checkpoint folder {folder} has no tokenizer (one of {', '.join(TOKENIZERS)}). "
@@ -354,57 +317,27 @@ def _require_tokenizer(folder: Path) -> None:
         raise FileNotFoundError(msg)
     for name in TOKENIZER_SETTINGS:
         if (folder / name).exists():
-            _read_json(folder / name)
+            _refuse_code(read_json(folder / name), folder / name, "AutoTokenizer")
 
 
-def _pooling(file: Path) -> str:
-    if not file.exists():
-        return "cls"
-    config = _read_json(file)
-    prefix = "pooling_mode_"
-    modes = [key[len(prefix) :] for key, on in config.items() if on is True and prefix in key]
-    mode = str(config.get("pooling_mode") or "+".join(modes) or "cls")
-    if mode not in _POOLING_MODES:
+def _number(config: dict[str, Any], names: tuple[str, ...], folder: Path, least: int = 1) -> int:
+    name = next((name for name in names if name in config), names[0])
+    value = config.get(name)
+    if not isinstance(value, int) or value < least:
         msg = (
-            f"{file} asks for {mode} pooling, and only cls and mean are supported. "
-            'Set pooling="cls" or pooling="mean" if that is what the model was trained for.'
+            f"{folder / 'config.json'} has {value!r} for {name}, which takes a number from {least} "
+            "on. Write it there, as the model was made."
         )
         raise ValueError(msg)
-    return _POOLING_MODES[mode]
-
-
-def _config_number(config: dict[str, Any], key: str, folder: Path, least: int = 1) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < least:
-        raise _damaged(folder / "config.json", f"its {key} is {value!r}")
     return value
 
 
-def _positions(config: dict[str, Any], folder: Path) -> int:
-    positions = _config_number(config, "max_position_embeddings", folder)
+def _positions(config: dict[str, Any], modules: Modules, folder: Path) -> int:
     family = str(config.get("model_type"))
+    if family in ENCODERS_OF_PAIRS:  # positions are relative: texts may be as long as one likes
+        return modules.longest or int(config.get("n_positions", 512))
+    positions = _number(config, _POSITIONS, folder)
     if not any(name in family for name in _OFFSET_POSITIONS):
         return positions
-    padding = _config_number({"pad_token_id": 1, **config}, "pad_token_id", folder, least=0)
+    padding = _number({"pad_token_id": 1, **config}, ("pad_token_id",), folder, least=0)
     return positions - padding - 1
-
-
-def _digest(folder: Path) -> str:
-    """Hash small files whole and large ones in evenly spread blocks, in milliseconds."""
-    digest = hashlib.sha256()
-    for file in sorted({*(folder / name for name in SMALL_FILES), *weight_files(folder)}):
-        if file.exists():
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size};".encode())
-            _update_digest(digest, file, size)
-    return digest.hexdigest()[:12]
-
-
-def _update_digest(digest: Any, file: Path, size: int) -> None:
-    with file.open("rb") as stream:
-        if size <= 2 * _BLOCK_BYTES * _DIGEST_BLOCKS:
-            digest.update(stream.read())
-            return
-        for block in range(_DIGEST_BLOCKS):
-            stream.seek((size - _BLOCK_BYTES) * block // (_DIGEST_BLOCKS - 1))
-            digest.update(stream.read(_BLOCK_BYTES))

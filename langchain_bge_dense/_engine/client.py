@@ -35,6 +35,7 @@ from tenacity import (
 from langchain_bge_dense._engine.calls import BaseEngine, check_text, result, windows
 from langchain_bge_dense._engine.checkpoint import Checkpoint
 from langchain_bge_dense._engine.locks import forkable_lock
+from langchain_bge_dense._engine.modules import Modules, Prompts
 from langchain_bge_dense._engine.outputs import encoding_of
 from langchain_bge_dense._engine.wire import unpack
 
@@ -75,6 +76,7 @@ _TEMPORARY = (
     httpx.HTTPStatusError,  # of a server that is not there
 )
 _FACTS = ("name", "digest", "has_heads", "dimension", "positions")
+_PLACES = ("folder", "pooling", "query_instruction", "document_instruction", "limits")
 
 # The system notices a machine that went away without a word, during a call of any length.
 _ALIVE = [
@@ -87,18 +89,6 @@ _ALIVE = [
     )
     if hasattr(socket, option)
 ]
-
-
-@dataclass(frozen=True)
-class ServedCheckpoint(Checkpoint):
-    """A checkpoint on a server, and the pooling that it is served with."""
-
-    served_pooling: str
-
-    @property
-    def pooling(self) -> str:
-        """`"cls"` or `"mean"`."""
-        return self.served_pooling
 
 
 @dataclass(eq=False)
@@ -145,7 +135,7 @@ class Client(BaseEngine):
         content = _run(self._ask("GET", "/info"))
         with contextlib.suppress(ValueError):
             info = json.loads(content)
-            if isinstance(info, dict) and info.keys() >= {*_FACTS, "folder", "pooling", "limits"}:
+            if isinstance(info, dict) and info.keys() >= {*_FACTS, *_PLACES}:
                 return info
         raise self._another_server(200, content.decode(errors="replace"))
 
@@ -160,7 +150,9 @@ class Client(BaseEngine):
         """
         info = self._info
         facts = {name: info[name] for name in _FACTS}
-        return ServedCheckpoint(Path(info["folder"]), **facts, served_pooling=info["pooling"])
+        prompts = Prompts(info["query_instruction"], info["document_instruction"])
+        modules = Modules(info["pooling"], prompts=prompts)
+        return Checkpoint(Path(info["folder"]), **facts, modules=modules)
 
     def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Post:
         """The HTTP requests for a window of texts."""
@@ -175,7 +167,7 @@ class Client(BaseEngine):
             "on_truncate": "raise" if options.on_truncate == "raise" else "ignore",
             "encoding_format": "safetensors",
             "digest": self.checkpoint.digest,
-            "pooling": self.checkpoint.pooling,
+            "pooling": self.checkpoint.modules.pooling,
         }
         limits = self._info["limits"]
         most = limits["colbert_texts" if outputs.colbert else "texts"]

@@ -68,7 +68,9 @@ class Encoder:
         backend.no_padding()
         self._encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)
         probe = backend.encode("a").special_tokens_mask
-        self._suffix = len(probe) - 1 - max(i for i, special in enumerate(probe) if not special)
+        content = [index for index, special in enumerate(probe) if not special]
+        self._prefix, self._suffix = min(content), len(probe) - 1 - max(content)
+        self._cuts_left = tokenizer.truncation_side == "left"
 
     def count(self, text: str) -> int:
         """Number of tokens of a text, special tokens left out."""
@@ -113,7 +115,8 @@ class Encoder:
     def _cut(self, ids: list[int], max_length: int) -> Tokens:
         count = len(ids)
         if count > max_length:
-            ids = ids[: max_length - self._suffix] + ids[count - self._suffix :]
+            kept = self._prefix if self._cuts_left else max_length - self._suffix
+            ids = ids[:kept] + ids[count - max_length + kept :]
         return Tokens(np.array(ids, dtype=np.int32), count)
 
     def forward(
@@ -167,14 +170,16 @@ class Heads:
 
     Args:
         pooling: `"cls"` or `"mean"`, of the dense vector.
+        layers: What follows the pooling, `(B, D)` to `(B, D')` float32.
 
     Attributes:
         lexical: D to 1; None for a dense-only checkpoint.
         colbert: D to D; None for a dense-only checkpoint.
     """
 
-    def __init__(self, pooling: str) -> None:
+    def __init__(self, pooling: str, layers: Sequence[Callable[[Tensor], Tensor]] = ()) -> None:
         self._mean = pooling == "mean"
+        self._layers = layers
         self.lexical: Callable[[Tensor], Tensor] | None = None
         self.colbert: Callable[[Tensor], Tensor] | None = None
 
@@ -194,7 +199,10 @@ class Heads:
         bounds = np.cumsum([0, *lengths])  # (B + 1,)
         dense = lexical = colbert = None
         if outputs.dense:
-            dense = self._pool(states, lengths, bounds).cpu().numpy()  # (B, D)
+            pooled = self._pool(states, lengths, bounds)  # (B, D)
+            for layer in self._layers:
+                pooled = layer(pooled)
+            dense = pooled.cpu().numpy()  # (B, D')
         if outputs.lexical and self.lexical is not None:
             lexical = self.lexical(states).float().relu().squeeze(1).cpu().numpy()  # (S,)
         if outputs.colbert and self.colbert is not None:

@@ -52,6 +52,13 @@ class Engine(BaseEngine):
         Raises:
             ValueError: A text is too long with `on_truncate="raise"`.
         """
+        if options.instruction and not self.checkpoint.modules.pools_prompt:
+            msg = (
+                f"{self.checkpoint.name!r} pools without the tokens of its prompt "
+                "(include_prompt=false), which is not done here. Set query_instruction and "
+                'document_instruction to "", or use sentence-transformers.'
+            )
+            raise ValueError(msg)
         tokens = self.encoder.tokenize(
             [options.instruction + text for text in texts], options.max_length
         )
@@ -106,7 +113,7 @@ _engines: weakref.WeakValueDictionary[tuple[Any, ...], Engine] = weakref.WeakVal
 _loading_lock = forkable_lock()
 
 
-def shared_engine(checkpoint: Checkpoint, pooling: str, device: str, dtype: str) -> Engine:
+def shared_engine(checkpoint: Checkpoint, device: str, dtype: str) -> Engine:
     """The engine of these settings, loaded if no instance has it yet.
 
     Raises:
@@ -114,11 +121,11 @@ def shared_engine(checkpoint: Checkpoint, pooling: str, device: str, dtype: str)
             the files belong to different models.
     """
     device, dtype = loading.resolve(device, dtype)
-    settings = (checkpoint, pooling, device, dtype)
+    settings = (checkpoint, device, dtype)
     with _loading_lock:
         engine = _engines.get(settings)
         if engine is None:
-            load = partial(loading.load_encoder, checkpoint, pooling, device, dtype)
+            load = partial(loading.load_encoder, checkpoint, device, dtype)
             engine = _engines[settings] = Engine(checkpoint, load, device, dtype)
         return engine
 
@@ -131,7 +138,13 @@ def wrap(flag: BGEM3FlagModel) -> tuple[Engine, dict[str, Any]]:
         FileNotFoundError: The checkpoint's files are no longer where they were loaded from.
     """
     folder = resolve(HubSource(flag.model.model.name_or_path, local_files_only=True))
-    checkpoint = read_checkpoint(folder, Path(flag.model_name_or_path).name)
+    checkpoint = read_checkpoint(folder, Path(flag.model_name_or_path).name, flag.pooling_method)
+    if checkpoint.modules.layers or checkpoint.modules.lower_case:
+        msg = (
+            f"BGEM3FlagModel does without the modules that {folder} lists behind the pooling, or "
+            "its lower case. Use BGEM3Embeddings(model=...), which does not."
+        )
+        raise ValueError(msg)
     device, dtype = loading.placement(flag)
     load = partial(loading.wrap_flag_model, flag, checkpoint, device, dtype)
     passages = flag.kwargs.get("passage_instruction_for_retrieval")

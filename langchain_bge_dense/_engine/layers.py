@@ -269,13 +269,13 @@ class PaddedEncoder(nn.Module):
 
     Args:
         encoder: The encoder, on its device and in its dtype.
-        padding: Id of the padding token.
+        padding: Id of the padding token, if there is one.
     """
 
-    def __init__(self, encoder: Any, padding: int) -> None:
+    def __init__(self, encoder: Any, padding: int | None) -> None:
         super().__init__()
         self._encoder = encoder
-        self._padding = padding
+        self._padding = padding or 0  # nobody attends to it
 
     def forward(self, batch: Sequence[NDArray[np.int32]]) -> Tensor:
         """Run B texts, each `(T_i,)`; gives `(S, D)` float32, as `PackedEncoder` does."""

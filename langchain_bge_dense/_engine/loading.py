@@ -8,24 +8,32 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+from tokenizers.normalizers import Lowercase, Sequence
 
 from langchain_bge_dense._engine.checkpoint import (
+    ENCODERS_OF_PAIRS,
+    HEADS,
     TOKENIZERS,
     Checkpoint,
-    Parsing,
     check_vocabulary,
     check_weights,
 )
 from langchain_bge_dense._engine.encoder import Encoder, Heads
 from langchain_bge_dense._engine.flag import flag_model_class
+from langchain_bge_dense._engine.files import Parsing, shapes, tensors_of, weight_files
 from langchain_bge_dense._engine.layers import MODEL_TYPES, PackedEncoder, PaddedEncoder
 from langchain_bge_dense._engine.linear import LinearFactory
 from langchain_bge_dense._engine.locks import forkable_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from FlagEmbedding import BGEM3FlagModel
+    from torch import Tensor
+
+    from langchain_bge_dense._engine.modules import Dense
 
 # Tokens per forward pass: benchmarks/budget.py measures them, benchmarks/README.md tells how.
 # A query waits for one batch at most: on a CPU larger ones gain little.
@@ -85,12 +93,11 @@ def cpu_has_bf16() -> bool:
     return any(units) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
-def load_encoder(checkpoint: Checkpoint, pooling: str, device: str, dtype: str) -> Encoder:
+def load_encoder(checkpoint: Checkpoint, device: str, dtype: str) -> Encoder:
     """Load a checkpoint.
 
     Args:
         checkpoint: What `read_checkpoint` gave.
-        pooling: `"cls"` or `"mean"`.
         device: A resolved torch device.
         dtype: A resolved dtype.
 
@@ -98,18 +105,12 @@ def load_encoder(checkpoint: Checkpoint, pooling: str, device: str, dtype: str) 
         ValueError: A file is damaged or hostile, the files belong to different models, or the
             dtype does not run this type of model.
     """
-    flag = _load_flag_model(checkpoint, pooling)
-
+    flag = _load_flag_model(checkpoint)
     encoder = _build_encoder(
-        flag.tokenizer,
-        flag.model,
-        has_heads=checkpoint.has_heads,
-        device=device,
-        dtype=dtype,
-        release=True,
+        flag.tokenizer, flag.model, checkpoint, device=device, dtype=dtype, release=True
     )
     if dtype != "float32":
-        encoder.reference = partial(load_encoder, checkpoint, pooling, device, "float32")
+        encoder.reference = partial(load_encoder, checkpoint, device, "float32")
     return encoder
 
 
@@ -132,12 +133,7 @@ def wrap_flag_model(
     def build(model: Any, dtype: str) -> Encoder:
         tokenizer = copy.deepcopy(flag.tokenizer)  # FlagEmbedding changes its settings
         return _build_encoder(
-            tokenizer,
-            model,
-            has_heads=checkpoint.has_heads,
-            device=device,
-            dtype=dtype,
-            release=False,
+            tokenizer, model, checkpoint, device=device, dtype=dtype, release=False
         )
 
     encoder = build(flag.model, dtype)
@@ -147,27 +143,65 @@ def wrap_flag_model(
 
 
 def _build_encoder(  # noqa: PLR0913
-    tokenizer: Any, model: Any, *, has_heads: bool, device: str, dtype: str, release: bool
+    tokenizer: Any, model: Any, checkpoint: Checkpoint, *, device: str, dtype: str, release: bool
 ) -> Encoder:
     """Rebuild FlagEmbedding's module `model` on a device and in a dtype."""
     place = torch.device(device)
     state_dtype = _state_dtype(dtype)
-    heads = Heads(model.sentence_pooling_method)
-    if has_heads:
+    modules = checkpoint.modules
+    if modules.lower_case:
+        backend = tokenizer.backend_tokenizer
+        own = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = Sequence([Lowercase(), *own])
+    layers = [_behind_pooling(layer, place) for layer in modules.layers]
+    heads = Heads(model.sentence_pooling_method, layers)
+    if checkpoint.has_heads:
         lexical, colbert = model.sparse_linear, model.colbert_linear
         heads.lexical = LinearFactory("float32", place)(lexical.weight, lexical.bias)
         narrow = LinearFactory(str(state_dtype).removeprefix("torch."), place)
         heads.colbert = narrow(colbert.weight, colbert.bias)
     if PackedEncoder.supports(model.model.config):
-        layers: Any = PackedEncoder(model.model, dtype, state_dtype, place, release=release)
+        encoder: Any = PackedEncoder(model.model, dtype, state_dtype, place, release=release)
     else:
         _refuse_int8(dtype, model.model.config.model_type)
-        module = model.model.to(place, state_dtype).eval()
-        if release:  # a tensor that needed no conversion would keep the file mapped
-            for weight in module.parameters():
-                weight.data = weight.data.clone()
-        layers = PaddedEncoder(module, tokenizer.pad_token_id)
-    return Encoder(tokenizer, layers, heads, batch_tokens=_batch_tokens(place.type, dtype))
+        module = _cast(model.model.to(place).eval(), state_dtype, release=release)
+        encoder = PaddedEncoder(module, tokenizer.pad_token_id)
+    return Encoder(tokenizer, encoder, heads, batch_tokens=_batch_tokens(place.type, dtype))
+
+
+def _cast(module: Any, dtype: torch.dtype, *, release: bool) -> Any:
+    """Cast the parameters of a transformers module, as transformers itself does while loading.
+
+    Buffers stay in float32, such as the frequencies of rotary positions, and so do parameters that
+    the module keeps in it. With `release`, all are copied: a tensor that needed no conversion would
+    keep the file mapped.
+    """
+    exact = {*(getattr(module, "_keep_in_fp32_modules_strict", None) or ())}
+    if dtype == torch.float16:
+        exact |= {*(getattr(module, "_keep_in_fp32_modules", None) or ())}
+    for name, weight in module.named_parameters():
+        kept = exact and not exact.isdisjoint(name.split("."))
+        weight.data = weight.data.to(weight.dtype if kept else dtype, copy=release)
+    return module
+
+
+def _behind_pooling(layer: Dense | None, place: torch.device) -> Callable[[Tensor], Tensor]:
+    """A layer behind the pooling, `(B, D)` to `(B, D')`, in float32; None: to unit length."""
+    if layer is None:
+        return F.normalize
+    [file] = weight_files(layer.folder)
+    tensors = {name: t.to(place, torch.float32) for name, t in tensors_of(file).items()}
+    weight, bias = tensors["linear.weight"], tensors.get("linear.bias")
+    residual, is_residual = tensors.get("residual.weight"), layer.residual
+    activation = getattr(torch.nn, layer.activation)()
+
+    def project(pooled: Tensor) -> Tensor:
+        projected: Tensor = activation(F.linear(pooled, weight, bias))  # (B, D')
+        if not is_residual:
+            return projected
+        return projected + (pooled if residual is None else F.linear(pooled, residual))
+
+    return project
 
 
 def _batch_tokens(device: str, dtype: str) -> int:
@@ -191,7 +225,7 @@ def _refuse_int8(dtype: str, model_type: str) -> None:
         raise ValueError(msg)
 
 
-def _load_flag_model(checkpoint: Checkpoint, pooling: str) -> BGEM3FlagModel:
+def _load_flag_model(checkpoint: Checkpoint) -> BGEM3FlagModel:
     """Load weights in float32, mapped from their file where it is safetensors."""
     folder = checkpoint.folder
     tokenizer = next(folder / name for name in TOKENIZERS if (folder / name).exists())
@@ -200,12 +234,36 @@ def _load_flag_model(checkpoint: Checkpoint, pooling: str) -> BGEM3FlagModel:
         # What is left to go wrong is the tokenizer.
         with Parsing(tokenizer, RuntimeError, ImportError):
             flag = flag_model_class()(
-                str(folder), use_fp16=False, devices="cpu", pooling_method=pooling
+                str(folder),
+                use_fp16=False,
+                devices="cpu",
+                pooling_method=checkpoint.modules.pooling,
+                colbert_dim=_colbert_width(checkpoint),
             )
+    _require_fast(flag.tokenizer, folder)
+    if flag.model.config.model_type in ENCODERS_OF_PAIRS:
+        flag.model.model = flag.model.model.get_encoder()
     rows = flag.model.model.get_input_embeddings().num_embeddings
     check_vocabulary(flag.tokenizer, rows, folder)
     flag.model.eval()
     return flag
+
+
+def _colbert_width(checkpoint: Checkpoint) -> int:
+    if not checkpoint.has_heads:
+        return -1
+    width: int = shapes(checkpoint.folder / HEADS[0])["weight"][0]
+    return width
+
+
+def _require_fast(tokenizer: Any, folder: Path) -> None:
+    if not tokenizer.is_fast:
+        msg = (
+            f"The tokenizer in {folder} is {type(tokenizer).__name__}, written in Python alone, "
+            "and a fast one is needed. Make its tokenizer.json with convert_slow_tokenizer of "
+            "transformers.convert_slow_tokenizer, or take a checkpoint that has one."
+        )
+        raise ValueError(msg)
 
 
 _quiet_lock = forkable_lock()

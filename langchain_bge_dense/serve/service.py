@@ -143,20 +143,22 @@ class Service:
         """What is served, and how."""
         embeddings = self.embeddings
         found = embeddings._checkpoint()  # noqa: SLF001
-        settings = ("normalize", "on_truncate", "query_instruction", "document_instruction")
         return {
             "version": version("langchain-bge-dense"),
             "fingerprint": embeddings.fingerprint,
             "name": found.name,
             "folder": str(found.folder),
             "digest": found.digest,
-            "pooling": embeddings._pooling(),  # noqa: SLF001
+            "pooling": found.modules.pooling,
             "has_heads": found.has_heads,
             "dimension": found.dimension,
             "positions": found.positions,
             "max_length": found.longest(embeddings.max_length),
             "limits": self.limits,
-            **{name: getattr(embeddings, name) for name in settings},
+            "normalize": embeddings.normalize,
+            "on_truncate": embeddings.on_truncate,
+            "query_instruction": embeddings._instruction(query=True),  # noqa: SLF001
+            "document_instruction": embeddings._instruction(query=False),  # noqa: SLF001
         }
 
     def _check_room(self, texts: int, limit: str) -> None:
@@ -175,8 +177,8 @@ class Service:
 
     def _check_model(self, asked: EncodeRequest) -> None:
         """Refuse who knows another model from before."""
-        served = {"digest": self.embeddings._checkpoint().digest}  # noqa: SLF001
-        served["pooling"] = self.embeddings._pooling()  # noqa: SLF001
+        found = self.embeddings._checkpoint()  # noqa: SLF001
+        served = {"digest": found.digest, "pooling": found.modules.pooling}
         for name, value in served.items():
             if getattr(asked, name) not in (None, value):
                 msg = (

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from tiny_m3 import build
 
 from langchain_bge_dense import BGEM3Embeddings
-from langchain_bge_dense._engine.checkpoint import _digest, _shapes, read_checkpoint
+from langchain_bge_dense._engine.checkpoint import read_checkpoint
+from langchain_bge_dense._engine.files import digest_of, shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,6 +47,10 @@ def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 def load(folder: Path, **settings: Any) -> BGEM3Embeddings:
     fixed = {"device": "cpu", "dtype": "float32"}
     return BGEM3Embeddings(model=folder, **fixed, **settings).load()
+
+
+def digest(folder: Path) -> str:
+    return read_checkpoint(folder, "m3").digest
 
 
 def write(name: str, content: bytes) -> Callable[[Path], object]:
@@ -298,9 +303,9 @@ class TestShards:
 
     def test_are_all_in_the_digest(self, folder: Path, suffix: str) -> None:
         first, second = in_shards(folder, suffix)
-        before = _digest(folder)
+        before = digest(folder)
         second.write_bytes(first.read_bytes())
-        assert _digest(folder) != before
+        assert digest(folder) != before
 
     @pytest.mark.parametrize("listed", [{}, [], "x", {"a": "../../elsewhere.bin"}, {"a": "b\\c"}])
     def test_are_listed_sensibly(self, folder: Path, suffix: str, listed: Any) -> None:
@@ -358,7 +363,7 @@ def test_changed_bytes_give_no_other_error_than_valueerror(
             changed[chance.randrange(min(len(changed), 4000))] = chance.randrange(256)
         (tmp_path / source).write_bytes(changed)
         try:
-            _shapes(tmp_path / source)
+            shapes(tmp_path / source)
         except ValueError:
             refused += 1
     assert refused > 50
@@ -368,7 +373,7 @@ class TestDigest:
     def test_is_the_same_for_a_copy(self, folder: Path, tiny_checkpoint: Path) -> None:
         (folder / "README.md").write_text("a copy")
         shutil.copytree(folder, folder.parent / "another name")
-        digests = {_digest(f) for f in (folder, tiny_checkpoint, folder.parent / "another name")}
+        digests = {digest(f) for f in (folder, tiny_checkpoint, folder.parent / "another name")}
         assert len(digests) == 1
 
     @pytest.mark.parametrize(
@@ -386,27 +391,27 @@ class TestDigest:
     def test_is_another_for_another_model(
         self, folder: Path, change: Callable[[Path], object]
     ) -> None:
-        before = _digest(folder)
+        before = digest(folder)
         change(folder)
-        assert _digest(folder) != before
+        assert digest(folder) != before
 
     def test_sees_a_single_tensor(self, folder: Path) -> None:
-        before, found = _digest(folder), load_file(folder / WEIGHTS)
+        before, found = digest(folder), load_file(folder / WEIGHTS)
         found[LAYER][0, 0] += 1e-3
         save_file(found, folder / WEIGHTS, {"format": "pt"})
-        assert _digest(folder) != before
+        assert digest(folder) != before
 
     def test_sees_a_matrix_in_gigabytes_and_reads_a_few_megabytes(self, tmp_path: Path) -> None:
         matrix, size = 4 << 20, 2_271_064_456  # of BGE-M3 in float32
         with (tmp_path / WEIGHTS).open("wb") as stream:
             stream.truncate(size)
-        digests = [_digest(tmp_path)]
+        digests = [digest_of(tmp_path, [tmp_path / WEIGHTS], "")]
         for start in (0, 1_234_567_890, size - matrix):
             with (tmp_path / WEIGHTS).open("r+b") as stream:
                 stream.seek(start)
                 stream.write(b"x" * matrix)
             read = bytes_read()
-            digests.append(_digest(tmp_path))
+            digests.append(digest_of(tmp_path, [tmp_path / WEIGHTS], ""))
             assert bytes_read() - read < 6 << 20
         assert len(set(digests)) == len(digests)
 
@@ -423,7 +428,7 @@ def bytes_read() -> int:
     ("content", "pooling"),
     [
         (None, "cls"),
-        ({}, "cls"),
+        ({}, "mean"),  # sentence-transformers' own default
         ({"pooling_mode_cls_token": True, "include_prompt": True}, "cls"),
         ({"include_prompt": True, "pooling_mode_mean_tokens": True}, "mean"),
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
@@ -434,9 +439,10 @@ def bytes_read() -> int:
 def test_pooling(folder: Path, content: dict[str, Any] | None, pooling: str) -> None:
     if content is None:
         shutil.rmtree(folder / "1_Pooling")
+        (folder / "modules.json").unlink()
     else:
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(content))
-    assert read_checkpoint(folder, "m3").pooling == pooling
+    assert read_checkpoint(folder, "m3").modules.pooling == pooling
 
 
 @pytest.mark.parametrize(

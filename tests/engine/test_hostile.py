@@ -124,13 +124,25 @@ CODE_OF_TOKENIZERS = {"AutoTokenizer": ["evil.Model", "evil.Other"]}
     [
         ("config.json", {"auto_map": CODE_OF_MODELS}),
         ("tokenizer_config.json", {"auto_map": CODE_OF_TOKENIZERS}),
+        ("tokenizer_config.json", {"auto_map": CODE_OF_TOKENIZERS["AutoTokenizer"]}),
     ],
-    ids=["model", "tokenizer"],
+    ids=["model", "tokenizer", "tokenizer in the old form"],
 )
-def test_code_beside_a_model_of_a_known_kind_is_passed_over(
-    folder: Path, marker: Path, tiny: BGEM3Embeddings, name: str, settings: dict[str, Any]
+def test_code_does_not_run_and_no_namesake_runs_in_its_place(
+    folder: Path, marker: Path, name: str, settings: dict[str, Any]
 ) -> None:
+    """Such a Qwen2 looks both ways, and transformers' own Qwen2 does not."""
     with_code(folder, marker, name, **settings)
+    with pytest.raises(ValueError, match=rf"{name} names code of its own \(.*evil\.Model"):
+        load(folder)
+    assert not marker.exists()
+
+
+def test_code_for_other_tasks_is_passed_over(
+    folder: Path, marker: Path, tiny: BGEM3Embeddings
+) -> None:
+    code = {"AutoModelForSequenceClassification": "evil.Model"}
+    with_code(folder, marker, "config.json", auto_map=code)
     assert load(folder).embed_query(TEXT) == tiny.embed_query(TEXT)
     assert not marker.exists()
 

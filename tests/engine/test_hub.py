@@ -34,6 +34,8 @@ NEEDED = {
     "colbert_linear.pt",
     "sparse_linear.pt",
     "1_Pooling/config.json",
+    "config_sentence_transformers.json",
+    "modules.json",
 }
 NOT_NEEDED = (
     ".gitattributes",
@@ -47,6 +49,7 @@ NOT_NEEDED = (
     "onnx/tokenizer.json",
     "training_args.bin",
 )
+PROMPTS = "config_sentence_transformers.json"
 SAFE, PICKLED = "org/both-formats", "org/only-pickled"
 
 # Older PyTorch leaves a folder to the garbage collector.
@@ -68,10 +71,10 @@ for line in sys.stdin:
 class Client:
     """A process that resolves one source after another."""
 
-    def __init__(self, hub: Hub, home: Path, **environment: str) -> None:
+    def __init__(self, hub: Hub, home: Path, code: str = CLIENT, **environment: str) -> None:
         self._log = (home / "client.log").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT],
+            [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -231,6 +234,82 @@ class TestDownload:
         assert hub.files == {"config.json"}
 
 
+class TestModules:
+    """Files of sentence-transformers, in folders of their own."""
+
+    def test_are_fetched_with_the_model(
+        self, hub: Hub, client: Client, tmp_path: Path, files: dict[str, bytes]
+    ) -> None:
+        parts = {"0_Transformer": "", "1_Pooling": "", "2_Dense": ""}
+        modules = [
+            {"path": path, "type": f"sentence_transformers.models.{path[2:]}"} for path in parts
+        ]
+        own = {name for name in files if "/" not in name and name not in {"modules.json", PROMPTS}}
+        moved = {f"0_Transformer/{name}": files[name] for name in own}
+        others = {
+            "modules.json": json.dumps(modules).encode(),
+            PROMPTS: b"{} ",
+            "1_Pooling/config.json": b"{}  ",
+            "2_Dense/config.json": b"{}   ",
+            "2_Dense/model.safetensors": b"dense",
+            "2_Dense/pytorch_model.bin": b"the same",
+            "3_Other/config.json": b"{}",
+        }
+        hub.publish("org/parts", moved | others)
+        folder = client.folder("org/parts", tmp_path)
+        wanted = {name for name in NEEDED if "/" not in name} - {"modules.json", PROMPTS}
+        wanted = {f"0_Transformer/{name}" for name in (*wanted, "model.safetensors")}
+        wanted |= {name for name in others if not name.startswith("3_") and ".bin" not in name}
+        assert hub.files == wanted
+        hub.requests.clear()
+        assert client.folder("org/parts", tmp_path, local_files_only=True) == folder
+        (folder / "2_Dense" / "model.safetensors").unlink()
+        assert client.folder("org/parts", tmp_path) == folder
+        assert (folder / "2_Dense" / "model.safetensors").exists()
+
+    def test_have_to_be_known_in_a_cache_that_others_filled(
+        self, hub: Hub, client: Client, tmp_path: Path
+    ) -> None:
+        fill(hub, tmp_path, SAFE, ["config.json", "tokenizer.json", "model.safetensors"])
+        offline = {"local_files_only": True}
+        kind, text = client.error(SAFE, tmp_path, needs_modules=True, **offline)
+        assert kind == "FileNotFoundError"
+        assert re.search(r"lacks modules\.json, if the model has one.*or pass pooling=", text)
+        folder = client.folder(SAFE, tmp_path, **offline)
+        assert not (folder / "modules.json").exists()
+        assert client.folder(SAFE, tmp_path, needs_modules=True) == folder
+        assert client.folder(SAFE, tmp_path, needs_modules=True, **offline) == folder
+        assert (folder / "modules.json").exists()
+
+    def test_that_the_hub_does_not_have_are_known(
+        self, hub: Hub, client: Client, tmp_path: Path, files: dict[str, bytes]
+    ) -> None:
+        hub.publish("org/plain", _without(files, "modules.json"))
+        fill(hub, tmp_path, "org/plain", ["config.json", "modules.json"])
+        known = {"needs_modules": True, "local_files_only": True}
+        assert client.folder("org/plain", tmp_path, **known)
+
+
+def fill(hub: Hub, cache: Path, model: str, names: list[str]) -> None:
+    """Fetch files one by one, as `AutoModel` does."""
+    code = """
+import sys
+from contextlib import suppress
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+cache, model, *names = sys.argv[1:]
+for name in names:
+    with suppress(EntryNotFoundError):
+        hf_hub_download(model, name, cache_dir=cache)
+"""
+    subprocess.run(
+        [sys.executable, "-c", code, str(cache), model, *names],
+        env=_environment(hub, cache),
+        capture_output=True,
+        check=True,
+    )
+
+
 class TestAccess:
     @pytest.mark.parametrize("token", [None, Hub.stranger])
     def test_a_private_model_needs_the_token(
@@ -283,9 +362,28 @@ class TestWithoutTheHub:
         hub.requests.clear()
         offline = Client(hub, tmp_path, HF_HUB_OFFLINE="1")
         assert offline.folder(SAFE, tmp_path) == folder
-        assert offline.error(PICKLED, tmp_path)[0] == "FileNotFoundError"
+        kind, text = offline.error(PICKLED, tmp_path)
+        assert (kind, "not asked, because of HF_HUB_OFFLINE" in text) == ("FileNotFoundError", True)
         offline.close()
         assert not hub.requests
+
+    def test_a_proxy_that_cannot_be_used_does_not_matter_offline(
+        self, hub: Hub, client: Client, tmp_path: Path
+    ) -> None:
+        folder = client.folder(SAFE, tmp_path)
+        offline = Client(hub, tmp_path, HF_HUB_OFFLINE="1", ALL_PROXY="socks://127.0.0.1:9")
+        assert offline.folder(SAFE, tmp_path) == folder
+        offline.close()
+
+    def test_an_environment_that_was_emptied_does_not_matter(
+        self, hub: Hub, tmp_path: Path
+    ) -> None:
+        code = CLIENT.replace(
+            "import json, sys\n", "import json, os, sys, huggingface_hub.constants\n"
+        ).replace("for line in sys.stdin:", "os.environ.clear()\nfor line in sys.stdin:")
+        emptied = Client(hub, tmp_path, code)
+        assert emptied.folder(SAFE, tmp_path)
+        emptied.close()
 
     @pytest.mark.parametrize("state", ["stopped", "broken", "forbidden"])
     def test_nothing_cached_says_what_was_looked_for_where_and_the_ways_out(
@@ -300,9 +398,15 @@ class TestWithoutTheHub:
             if state == "stopped":
                 hub.start()
         assert kind == "FileNotFoundError"
-        for part in (repr(SAFE), str(tmp_path), hub.url, "HF_ENDPOINT", f"hf download {SAFE}"):
+        for part in (repr(SAFE), str(tmp_path), f"hf download {SAFE}"):
             assert part in text
         assert {"stopped": "refused", "broken": "500", "forbidden": "disabled"}[state] in text
+        asked = {f"{hub.url} does not provide it", "HF_ENDPOINT"}
+        not_asked = {"the hub was not asked, because of local_files_only=True. Leave that out"}
+        said, unsaid = (not_asked, asked) if state == "forbidden" else (asked, not_asked)
+        assert [part in text for part in (*said, *unsaid)] == [True] * len(said) + [False] * len(
+            unsaid
+        )
 
     @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
     def test_a_hole_in_the_cache_is_named(
@@ -321,6 +425,16 @@ class TestMistakes:
         assert kind == "FileNotFoundError"
         assert "'org/both-fromats'" in text
         assert "RepositoryNotFoundError" in text
+
+    @pytest.mark.parametrize("offline", [True, False])
+    def test_a_name_without_an_owner(
+        self, hub: Hub, client: Client, tmp_path: Path, *, offline: bool
+    ) -> None:
+        kind, text = client.error("bge-m3", tmp_path, local_files_only=offline)
+        assert kind == "FileNotFoundError"
+        assert "There is no folder 'bge-m3' here either" in text
+        assert "such as BAAI/bge-m3" in text
+        assert "hf download" not in text
 
     def test_a_misspelt_revision(self, hub: Hub, client: Client, tmp_path: Path) -> None:
         kind, text = client.error(SAFE, tmp_path, revision="v2")

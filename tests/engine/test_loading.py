@@ -54,7 +54,7 @@ def test_loads_change_transformers_settings_one_after_the_other(
 
     monkeypatch.setattr(loading, "check_weights", check)
     with ThreadPoolExecutor() as pool:
-        loads = [pool.submit(loading._load_flag_model, checkpoint, "cls") for _ in range(2)]
+        loads = [pool.submit(loading._load_flag_model, checkpoint) for _ in range(2)]
         quiet = entered.get()
         time.sleep(0.2)  # the other one waits, as when Ctrl-C has left the first to itself
         together = not entered.empty()
