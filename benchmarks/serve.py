@@ -46,7 +46,9 @@ def server(model: str, *, unix: bool = False) -> Iterator[tuple[int, str]]:
             process = subprocess.Popen(command, stdout=log, stderr=log)
         url = f"unix://{folder}/bge.sock" if unix else f"http://127.0.0.1:{port}"
         try:
-            BGEM3Embeddings(base_url=url).embed_query("is the model loaded?")
+            while "Serving " not in (Path(folder) / "log").read_text():
+                assert process.poll() is None
+                time.sleep(PAUSE)
             yield process.pid, url
         finally:
             process.terminate()

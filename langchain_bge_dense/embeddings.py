@@ -178,7 +178,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     @model_validator(mode="before")
     @classmethod
     def _names_of_elsewhere(cls, fields: Any) -> Any:
-        if found := [name for name in _ELSEWHERE if name in fields]:
+        if found := [name for name in _ELSEWHERE if isinstance(fields, dict) and name in fields]:
             here = (
                 f"Instead of {name} use {field}."
                 if (field := _ELSEWHERE[name])

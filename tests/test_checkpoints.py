@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from reference import flag_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
@@ -238,12 +239,10 @@ def missing_pooling(tmp_path: Path) -> None:
 
 @row("no `modules.json`")
 def no_modules(tmp_path: Path) -> None:
-    from FlagEmbedding import BGEM3FlagModel
-
     folder = build(tmp_path / "flag")
     (folder / "modules.json").unlink()
     shutil.rmtree(folder / "1_Pooling")
-    flag = BGEM3FlagModel(str(folder), use_fp16=False, devices="cpu")
+    flag = flag_model(folder)
     assert_same(load(folder).embed_documents(TEXTS), flag.encode(TEXTS)["dense_vecs"])
 
 
@@ -393,12 +392,10 @@ def old_pickles(tmp_path: Path) -> None:
 
 @row("ColBERT head of another width")
 def narrow_colbert(tmp_path: Path) -> None:
-    from FlagEmbedding import BGEM3FlagModel
-
     folder = build(tmp_path / "narrow")
     head = {"weight": torch.randn(8, 32), "bias": torch.randn(8)}
     torch.save(head, folder / "colbert_linear.pt")
-    flag = BGEM3FlagModel(str(folder), use_fp16=False, devices="cpu", colbert_dim=8)
+    flag = flag_model(folder, colbert_dim=8)
     expected = flag.encode(TEXTS[:4], return_colbert_vecs=True)["colbert_vecs"]
     found = load(folder).encode(TEXTS[:4], colbert=True).colbert
     for ours, theirs in zip(found, expected, strict=True):

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from reference import flag_model
 
 from langchain_bge_dense import BGEM3Embeddings
+from langchain_bge_dense._engine.flag import flag_model_class
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -386,9 +387,7 @@ def test_keywords_of_others_are_answered_with_the_field_here(
 
 
 def test_every_keyword_of_others_has_an_answer() -> None:
-    from FlagEmbedding import BGEM3FlagModel
-
-    flag = set(inspect.signature(BGEM3FlagModel.__init__).parameters) - {"self", "kwargs"}
+    flag = set(inspect.signature(flag_model_class().__init__).parameters) - {"self", "kwargs"}
     hugging_face = {"model_name", "cache_folder", "show_progress", "multi_process"}
     hugging_face |= {"model_kwargs", "encode_kwargs", "query_encode_kwargs"}
     foreign = (flag | hugging_face) - {"model_name", *BGEM3Embeddings.model_fields}

@@ -397,7 +397,7 @@ _reported: ContextVar[Callable[[int], object]] = ContextVar("reported", default=
 
 @contextlib.contextmanager
 def reporting(report: Callable[[int], object]) -> Iterator[None]:
-    """Tell how many more texts have run, each time that some have, of all calls made meanwhile."""
+    """Report to a function how many more texts of the calls inside have run, as they run."""
     token = _reported.set(report)
     try:
         yield

@@ -17,7 +17,7 @@ import threading
 import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,7 +252,7 @@ class Client(BaseEngine):
             retry=retry_if_exception(_is_temporary),
             wait=wait_exponential(multiplier=0.1, max=2),
             stop=stop_after_delay(self._patience),
-            before_sleep=self._log_away,
+            before_sleep=partial(Client._log_away, weakref.proxy(self)),  # a cycle would keep it
         )
 
     def _log_away(self, state: RetryCallState) -> None:

@@ -20,8 +20,8 @@ from langchain_bge_dense._engine.checkpoint import (
     check_weights,
 )
 from langchain_bge_dense._engine.encoder import Encoder, Heads
-from langchain_bge_dense._engine.flag import flag_model_class
 from langchain_bge_dense._engine.files import Parsing, shapes, tensors_of, weight_files
+from langchain_bge_dense._engine.flag import flag_model_class
 from langchain_bge_dense._engine.layers import MODEL_TYPES, PackedEncoder, PaddedEncoder
 from langchain_bge_dense._engine.linear import LinearFactory
 from langchain_bge_dense._engine.locks import forkable_lock

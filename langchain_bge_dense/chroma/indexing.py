@@ -319,7 +319,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
         seconds = self.format_dict["elapsed"]
         if done.tokens and seconds:
             self.set_postfix_str(f"{done.tokens / seconds:,.0f} tokens/s", refresh=False)
-        self.update(done.added + done.skipped - self.n)  # of those that ran it knows already
+        self.update(done.added + done.skipped - self.n)
         self.refresh()
 
     def end(self, done: IndexResult) -> IndexResult:
