@@ -1,9 +1,8 @@
-"""The paths of the application, as any HTTP client sees them, OpenAI's among them."""
+"""The application as any HTTP client sees it: our own paths, limits, the key, what it counts."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
-import openai
 import pytest
 from calls import WAIT, gated, texts
-from langchain_openai import OpenAIEmbeddings
 from model_server import served
 from safetensors.numpy import load
 
@@ -35,71 +32,8 @@ def url(tiny: BGEM3Embeddings) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, trust_env=False, timeout=WAIT) as http:
-        yield http
-
-
 def told(embeddings: BGEM3Embeddings, **fields: Any) -> BGEM3Embeddings:
     return BGEM3Embeddings(**{**embeddings.model_dump(), **fields})
-
-
-class TestOpenAI:
-    @pytest.fixture
-    def client(self, url: str) -> Iterator[openai.OpenAI]:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-            yield client
-
-    @pytest.mark.parametrize("encoding_format", ["float", "base64"])
-    def test_lists(
-        self, client: openai.OpenAI, tiny: BGEM3Embeddings, encoding_format: Any
-    ) -> None:
-        reply = client.embeddings.create(
-            model="bge-m3", input=TEXTS, encoding_format=encoding_format
-        )
-        found = [item.embedding for item in reply.data]
-        if encoding_format == "base64":
-            found = [np.frombuffer(base64.b64decode(item), "<f4").tolist() for item in found]
-        expected = tiny.encode(TEXTS)
-        assert found == expected.dense.tolist()
-        assert [item.index for item in reply.data] == [0, 1, 2]
-        assert reply.usage.prompt_tokens == reply.usage.total_tokens == expected.token_counts.sum()
-        assert reply.model == "tiny"
-
-    def test_a_string_and_no_format(self, client: openai.OpenAI, tiny: BGEM3Embeddings) -> None:
-        [item] = client.embeddings.create(model="bge-m3", input=TEXTS[1]).data
-        assert item.embedding == tiny.embed_query(TEXTS[1])
-
-    def test_what_it_cannot_do_is_said(self, client: openai.OpenAI) -> None:
-        for given, words in (
-            ({"input": [[5, 6]]}, "check_embedding_ctx_length=False"),
-            ({"input": [5, 6]}, "Send strings"),
-            ({"input": ["a", None]}, "Text 1 is NoneType, not str"),
-            ({"input": "a", "dimensions": 64}, "'tiny' has 32 dimensions, not 64"),
-        ):
-            with pytest.raises(openai.UnprocessableEntityError, match=words):
-                client.embeddings.create(model="bge-m3", **given)
-
-    def test_a_query_has_the_servers_instruction(self, tiny: BGEM3Embeddings) -> None:
-        with served(told(tiny, query_instruction="find: ")) as url:
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
-            for kind, expected in (("query", "find: free"), ("document", "free")):
-                [item] = client.embeddings.create(
-                    model="bge-m3", input="free", extra_body={"input_type": kind}
-                ).data
-                assert item.embedding == tiny.embed_query(expected)
-            client.close()
-
-    async def test_langchains_client(self, url: str, tiny: BGEM3Embeddings) -> None:
-        embeddings = OpenAIEmbeddings(
-            base_url=f"{url}/v1", api_key=KEY, model="bge-m3", check_embedding_ctx_length=False
-        )
-        assert embeddings.embed_documents(TEXTS) == tiny.embed_documents(TEXTS)
-        assert embeddings.embed_query(TEXTS[1]) == tiny.embed_query(TEXTS[1])
-        assert await embeddings.aembed_query(TEXTS[1]) == tiny.embed_query(TEXTS[1])
-        embeddings.client._client.close()
-        await embeddings.async_client._client.close()
 
 
 class TestEncode:
@@ -318,6 +252,10 @@ def until(holds: Any) -> None:
 
 def test_the_openapi_page_names_every_path(tiny: BGEM3Embeddings) -> None:
     paths = create_app(tiny).openapi()["paths"]
-    asked = {"/encode", "/v1/embeddings", "/tokenize", "/tokens"}
-    assert paths.keys() == asked | {"/info", "/health", "/ready", "/metrics"}
+    ours = {"/encode", "/tokenize", "/tokens", "/info", "/health", "/ready", "/metrics"}
+    openai = {"/v1/embeddings", "/v1/models"}
+    rerank = {"/v1/rerank", "/v2/rerank", "/rerank"}
+    tei = {"/", "/embed", "/embed_sparse", "/similarity"}
+    ollama = {"/api/embed", "/api/embeddings", "/api/tags", "/api/version"}
+    assert paths.keys() == ours | openai | rerank | tei | ollama
     assert all(next(iter(path.values()))["description"] for path in paths.values())
