@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from langchain_bge_dense._engine.calls import check_text
 from langchain_bge_dense._engine.wire import MEDIA_TYPE, pack
@@ -29,7 +29,7 @@ class TextRequest(BaseModel):
 class WeightsRequest(BaseModel):
     """Lexical weights by token id."""
 
-    weights: dict[int, float]
+    weights: dict[Annotated[int, Field(ge=0, lt=1 << 32)], float]
 
 
 @router.post("/encode")
