@@ -1,7 +1,8 @@
 """One loaded model for many processes, over HTTP: on one machine, or by Ray Serve on many.
 
 `python -m langchain_bge_dense.serve` starts a server; `BGEM3Embeddings(base_url=...)` and clients
-of OpenAI's API talk to it. All callers share its batches. Needs the extra `serve`.
+of OpenAI, Cohere, Jina, Ollama and text-embeddings-inference talk to it. All callers share its
+batches. Needs the extra `serve`.
 
 On many machines and GPUs Ray Serve runs the same application, with the extra `ray`:
 
@@ -19,8 +20,7 @@ that died anew, and clients ask another one what it has not answered.
 from langchain_bge_dense._extras import needs
 
 with needs("serve", __name__):
-    from langchain_bge_dense.serve.app import create_app
+    from langchain_bge_dense.serve.app import create_app, serve_deployment
     from langchain_bge_dense.serve.command import main
-    from langchain_bge_dense.serve.deployment import serve_deployment
 
 __all__ = ["create_app", "main", "serve_deployment"]

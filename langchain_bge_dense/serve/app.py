@@ -1,150 +1,34 @@
-"""`create_app`: the ASGI application, its paths and who may call them."""
+"""`create_app`: the ASGI application, who may call it, errors; `serve_deployment`: on Ray Serve."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import json
 import secrets
 import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from langchain_bge_dense._engine.calls import check_text
-from langchain_bge_dense._engine.wire import MEDIA_TYPE, pack
-from langchain_bge_dense.serve.service import (
-    EncodeRequest,
-    OpenAIRequest,
-    Service,
-    TextRequest,
-    WeightsRequest,
-    refusal,
-)
+from langchain_bge_dense._extras import needs
+from langchain_bge_dense.serve import ollama, openai, own, rerank, tei
+from langchain_bge_dense.serve.service import Service, refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from langchain_bge_dense._engine.outputs import M3Encoding
     from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 TEXTS, BODY, QUEUE = 2_048, 1 << 25, 256
 """Default limits of a request's texts and bytes, and of requests that wait or run."""
 
 _OPEN_PATHS = ("/health", "/ready", "/docs", "/openapi.json")  # without the API key
-
-
-router = APIRouter()
-
-
-def _service(http: Request) -> Service:
-    service: Service = http.app.state.service
-    return service
-
-
-@router.post("/encode")
-async def encode(http: Request, asked: EncodeRequest) -> Response:
-    """Any of the three outputs; as JSON, or as safetensors with float32 to the last bit."""
-    encoding = await _service(http).encode(http, asked)
-    if asked.encoding_format == "safetensors":
-        return Response(await asyncio.to_thread(pack, encoding), media_type=MEDIA_TYPE)
-    return Response(await asyncio.to_thread(_as_json, encoding), media_type="application/json")
-
-
-def _as_json(encoding: M3Encoding) -> str:
-    dense, colbert = encoding.dense, encoding.colbert
-    return json.dumps(
-        {
-            "dense": None if dense is None else dense.tolist(),
-            "lexical": encoding.lexical,
-            "colbert": None if colbert is None else [vectors.tolist() for vectors in colbert],
-            "token_counts": encoding.token_counts.tolist(),
-            "truncated": encoding.truncated.tolist(),
-        }
-    )
-
-
-@router.post("/v1/embeddings")
-async def openai_embeddings(http: Request, asked: OpenAIRequest) -> Response:
-    """Dense vectors by OpenAI's schema."""
-    service = _service(http)
-    texts = [asked.input] if isinstance(asked.input, str) else asked.input
-    if texts and isinstance(texts[0], (int, list)):
-        msg = (
-            "input has token ids, which are of another model's tokenizer. Send strings; "
-            "langchain_openai.OpenAIEmbeddings does so with check_embedding_ctx_length=False."
-        )
-        raise refusal(422, ValueError(msg))
-    name, dimension = service.embeddings._checkpoint().name, service.embeddings.dimension  # noqa: SLF001
-    if asked.dimensions not in (None, dimension):
-        msg = (
-            f"{name!r} has {dimension:,} dimensions, not {asked.dimensions:,}. "
-            "Leave dimensions out."
-        )
-        raise refusal(422, ValueError(msg))
-    query = asked.input_type == "query"
-    encoding = await service.encode(http, EncodeRequest(texts=texts, query=query))
-    content = await asyncio.to_thread(_as_openai, encoding, name, asked.encoding_format)
-    return Response(content, media_type="application/json")
-
-
-def _as_openai(encoding: M3Encoding, model: str, encoding_format: str) -> str:
-    vectors: list[Any] = [
-        base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        if encoding_format == "base64"
-        else vector.tolist()
-        for vector in encoding.dense  # type: ignore[union-attr]
-    ]
-    tokens = int(encoding.token_counts.sum())
-    data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(vectors)]
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return json.dumps({"object": "list", "data": data, "model": model, "usage": usage})
-
-
-@router.post("/tokenize")
-def tokenize(http: Request, asked: TextRequest) -> list[tuple[int, int, int]]:
-    """Tokens of a text, special ones left out: id, and where in the text it starts and ends."""
-    embeddings = _service(http).embeddings
-    try:
-        return embeddings._loaded().token_spans(check_text(asked.text, 0))  # noqa: SLF001
-    except ValueError as error:
-        raise refusal(422, error) from error
-
-
-@router.post("/tokens")
-def tokens(http: Request, asked: WeightsRequest) -> dict[str, float]:
-    """Lexical weights with token strings for keys, the largest first."""
-    return _service(http).embeddings.tokens(asked.weights)
-
-
-@router.get("/info")
-def info(http: Request) -> dict[str, Any]:
-    """The model, its fingerprint and dimension, the server's settings and limits."""
-    return _service(http).info()
-
-
-@router.get("/health")
-async def health() -> dict[str, str]:
-    """Whether the server runs."""
-    return {"status": "ok"}
-
-
-@router.get("/ready")
-async def ready(http: Request) -> Response:
-    """Whether the model is loaded: 200, or 503."""
-    return Response(status_code=200 if _service(http).ready else 503)
-
-
-@router.get("/metrics")
-def metrics(http: Request) -> Response:
-    """Requests, texts, tokens, the queue and latencies, for Prometheus."""
-    content = generate_latest(_service(http).registry)
-    return Response(content, media_type=CONTENT_TYPE_LATEST)
+_PLAIN_PATHS = ("/api/", "/embed", "/similarity")  # of Ollama and TEI: errors are strings
+_APP_OPTIONS = ("api_key", "max_texts", "max_body", "max_queue", "aliases")
 
 
 class _Entrance:
@@ -203,13 +87,17 @@ class _Entrance:
         return bounded
 
 
-def _refused(_http: Request, error: Exception) -> JSONResponse:
-    """What OpenAI's clients, and ours, read errors from."""
+def _refused(http: Request, error: Exception) -> JSONResponse:
+    """What the clients of a path read errors from."""
     assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for these alone
     detail: Any = error.detail
     if not isinstance(detail, dict):
         detail = {"type": "HTTPException", "message": detail}
-    return JSONResponse({"error": detail}, error.status_code, error.headers)
+    if http.url.path == "/" or http.url.path.startswith(_PLAIN_PATHS):
+        content = {"error": detail["message"], "error_type": detail["type"]}
+    else:
+        content = {"error": detail}
+    return JSONResponse(content, error.status_code, error.headers)
 
 
 def _malformed(http: Request, error: Exception) -> JSONResponse:
@@ -225,22 +113,25 @@ def _failed(http: Request, error: Exception) -> JSONResponse:
     return _refused(http, refusal(500, RuntimeError(msg)))
 
 
-def create_app(
+def create_app(  # noqa: PLR0913
     embeddings: BGEM3Embeddings,
     *,
     api_key: str | None = None,
     max_texts: int = TEXTS,
     max_body: int = BODY,
     max_queue: int = QUEUE,
+    aliases: Sequence[str] = (),
 ) -> FastAPI:
     """An ASGI application over one model, for any ASGI server, one process of it.
 
     Args:
         embeddings: The model; loaded with the first request where `load` was not called.
         api_key: That callers must send; None: anyone may call.
-        max_texts: Texts of one request; one that asks for ColBERT vectors may have 1/64 of them.
+        max_texts: Texts that are encoded at once, with ColBERT vectors 1/64 of them. A request of
+            `BGEM3Embeddings` has no more; those of other clients run in up to 32 parts.
         max_body: Bytes of one request.
         max_queue: Requests that wait or run; more are refused for the moment.
+        aliases: Names of models that clients may ask for beside the model's own.
 
     Returns:
         The application, with its OpenAPI page at `/docs`.
@@ -252,10 +143,40 @@ def create_app(
         'BGE-M3'
     """
     app = FastAPI(title="BGE-M3", version=version("langchain-bge-dense"), redoc_url=None)
-    app.state.service = Service(embeddings, max_texts, max_body, max_queue)
-    app.include_router(router)
+    app.state.service = Service(embeddings, max_texts, max_body, max_queue, aliases)
+    for schema in (own, openai, rerank, tei, ollama):
+        app.include_router(schema.router)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(Exception, _failed)
     app.add_middleware(_Entrance, service=app.state.service, api_key=api_key)
     return app
+
+
+def serve_deployment(embeddings: BGEM3Embeddings, **options: Any) -> Any:
+    """The same application as a deployment of Ray Serve, for many machines and GPUs.
+
+    Needs the extra `ray`, too. Each replica loads the model from the settings of `embeddings`.
+
+    Args:
+        embeddings: The settings of the model.
+        options: Those of `create_app`; all others are for `ray.serve.deployment`, such as
+            `num_replicas`, `autoscaling_config` and `ray_actor_options={"num_gpus": 1}`.
+
+    Returns:
+        What `ray.serve.run` takes.
+
+    Example:
+        >>> from langchain_bge_dense import BGEM3Embeddings
+        >>> served = serve_deployment(BGEM3Embeddings(model=checkpoint), num_replicas=2)
+    """
+    with needs("ray", "serve_deployment"):
+        from ray import serve
+
+    ours = {name: options.pop(name) for name in _APP_OPTIONS if name in options}
+
+    def build() -> FastAPI:
+        return create_app(embeddings.load(), **ours)
+
+    options.setdefault("max_ongoing_requests", ours.get("max_queue", QUEUE))
+    return serve.deployment(**options)(serve.ingress(build)()).bind()

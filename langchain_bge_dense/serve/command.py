@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     arguments = vars(parser.parse_args(argv))
     place = {name: arguments.pop(name) for name in ("host", "port", "uds")}
-    limits = {name: arguments.pop(name) for name in ("max_texts", "max_body", "max_queue")}
+    options = {
+        name: arguments.pop(name) for name in ("aliases", "max_texts", "max_body", "max_queue")
+    }
     key = arguments.pop("api_key") or os.environ.get(_KEY_VARIABLE) or None
     open_to_all = arguments.pop("no_api_key")
     if not (key or open_to_all or place["uds"] or _is_loopback(place["host"])):
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         embeddings = BGEM3Embeddings(**arguments)
     except ValueError as error:
         parser.error(str(error))
-    _run(embeddings, create_app(embeddings, api_key=key, **limits), place)
+    _run(embeddings, create_app(embeddings, api_key=key, **options), place)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--uds", help="a Unix socket to listen at instead")
     server.add_argument("--api-key", help=f"that callers must send; better in {_KEY_VARIABLE}")
     server.add_argument("--no-api-key", action="store_true", help="let other machines in without")
+    server.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        dest="aliases",
+        metavar="NAME",
+        help="of a model that clients may ask for, too; can be given again",
+    )
     for name, default, counted in (
         ("texts", TEXTS, "texts of a request"),
         ("body", BODY, "bytes of a request"),

@@ -1,18 +1,23 @@
-"""A model behind HTTP: what callers may ask of it, their limits, and what is counted."""
+"""A model behind HTTP: its names, what callers may ask, in parts, their limits, what is counted."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+from contextlib import contextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from fastapi import HTTPException, Request
+from fastapi import HTTPException, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from langchain_bge_dense._engine.calls import Options
     from langchain_bge_dense._engine.outputs import M3Encoding
@@ -20,9 +25,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+_PARTS = 32  # of a request; the reply to short texts is a thousand times as large as they are
+_FAMILY = "bge-m3"  # a name of every checkpoint with its heads
 _COLBERT_SHARE = 64  # a text's ColBERT vectors are so many times as large as all else, and more
 _RETRY_SECONDS = 1
 _CHOICES = ("instruction", "max_length", "normalize", "on_truncate")
+
+
+Purpose = Literal["query", "search_query", "document", "search_document", "passage"]
+"""What clients call the two kinds of text, of which each has an instruction of the server."""
 
 
 class EncodeRequest(BaseModel):
@@ -58,36 +71,19 @@ class EncodeRequest(BaseModel):
         return options if options.on_truncate == "raise" else options._replace(on_truncate="ignore")
 
 
-class OpenAIRequest(BaseModel):
-    """A request of OpenAI's embeddings API. The server has one model, whatever is named."""
-
-    input: str | list[Any]
-    model: str = ""
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-    input_type: Literal["document", "query"] = "document"
-    """Not OpenAI's: which instruction of the server goes in front."""
-
-
-class TextRequest(BaseModel):
-    """One text."""
-
-    text: str
-
-
-class WeightsRequest(BaseModel):
-    """Lexical weights by token id."""
-
-    weights: dict[int, float]
-
-
 class Service:
     """A model, the limits of its callers and what is counted of them."""
 
     def __init__(
-        self, embeddings: BGEM3Embeddings, max_texts: int, max_body: int, max_queue: int
+        self,
+        embeddings: BGEM3Embeddings,
+        max_texts: int,
+        max_body: int,
+        max_queue: int,
+        aliases: Sequence[str] = (),
     ) -> None:
         self.embeddings = embeddings
+        self._aliases = aliases
         self.limits = {
             "texts": max_texts,
             "colbert_texts": max(1, max_texts // _COLBERT_SHARE),
@@ -104,28 +100,101 @@ class Service:
         queue = Gauge("bge_m3_queue", "Requests that wait or run", **names)
         queue.set_function(lambda: self._queued)
 
-    async def encode(self, http: Request, asked: EncodeRequest) -> M3Encoding:
-        """The outputs asked for, unless the caller hangs up before they are there."""
-        self._check_room(len(asked.texts), "colbert_texts" if asked.colbert else "texts")
-        self._queued += 1
-        try:
-            encoding = await _unless_gone(http, self._encode(asked))
-        except (TypeError, ValueError) as error:
-            raise refusal(422, error) from error
-        except (FloatingPointError, MemoryError, RuntimeError) as error:
-            logger.exception("A request failed.")
-            raise refusal(500, error) from error
-        finally:
-            self._queued -= 1
-        self._texts.inc(len(encoding.token_counts))
-        self._tokens.inc(int(encoding.token_counts.sum()))
-        return encoding
+    @property
+    def names(self) -> list[str]:
+        """Names of the model: the checkpoint's, `bge-m3` where it has the heads, aliases."""
+        found = self.embeddings._checkpoint()  # noqa: SLF001
+        family = [_FAMILY] if found.has_heads else []
+        return list(dict.fromkeys([found.name, *family, *self._aliases]))
 
-    async def _encode(self, asked: EncodeRequest) -> M3Encoding:
+    @property
+    def max_length(self) -> int:
+        """Tokens that a text is cut to, unless a caller asks for fewer."""
+        return self.embeddings._checkpoint().longest(self.embeddings.max_length)  # noqa: SLF001
+
+    def at_most(self, tokens: int | None) -> int | None:
+        """Tokens that a caller lets a text have, as far as the server does."""
+        return None if tokens is None else min(tokens, self.max_length)
+
+    async def check(self, model: str | None, dimensions: int | None = None) -> None:
+        """Check that a client asks for this model, and for vectors as wide as it gives."""
+        with self._turn():
+            await self._load()
+        if model and _plain(model) not in map(_plain, self.names):
+            msg = (
+                f"This server has {' or '.join(map(repr, self.names))}, not {model!r}. "
+                "Ask for that, or start the server with --alias where another name is meant."
+            )
+            raise refusal(404, ValueError(msg))
+        if dimensions not in (None, self.embeddings.dimension):
+            msg = (
+                f"{self.names[0]!r} has {self.embeddings.dimension:,} dimensions, not "
+                f"{dimensions:,}. Leave dimensions out."
+            )
+            raise refusal(422, ValueError(msg))
+
+    async def encode(
+        self,
+        http: Request,
+        asked: EncodeRequest,
+        render: Callable[[M3Encoding], T],
+        *,
+        parts: int = _PARTS,
+    ) -> list[T]:
+        """Render the outputs asked for, part by part, unless the caller hangs up meanwhile.
+
+        Args:
+            http: Where the caller is.
+            asked: Texts and what to compute.
+            render: Called with the outputs of each part, in a thread; all others are let go.
+            parts: Most parts that the texts may make: 1 for callers that split them themselves.
+        """
+        size = self.limits["colbert_texts" if asked.colbert else "texts"]
+        if len(asked.texts) > parts * size:
+            msg = (
+                f"{len(asked.texts):,} texts are more than the {parts * size:,} that this server "
+                "takes at once. Send them in parts."
+            )
+            raise refusal(413, ValueError(msg))
+        with self._turn():
+            try:
+                return await _unless_gone(http, self._rendered(asked, size, render))
+            except (TypeError, ValueError) as error:
+                raise refusal(422, error) from error
+            except (FloatingPointError, MemoryError, RuntimeError) as error:
+                logger.exception("A request failed.")
+                raise refusal(500, error) from error
+
+    async def dense(
+        self, http: Request, asked: EncodeRequest, write: Callable[[NDArray[np.float32]], str]
+    ) -> tuple[list[str], int]:
+        """Write the dense vectors of texts as JSON; gives them and the tokens of the texts."""
+
+        def render(encoding: M3Encoding) -> tuple[list[str], int]:
+            vectors = [write(vector) for vector in encoding.dense]  # type: ignore[union-attr]
+            return vectors, int(encoding.token_counts.sum())
+
+        parts = await self.encode(http, asked, render)
+        return [vector for part, _ in parts for vector in part], sum(count for _, count in parts)
+
+    async def _rendered(
+        self, asked: EncodeRequest, size: int, render: Callable[[M3Encoding], T]
+    ) -> list[T]:
+        rendered = []
+        for first in range(0, max(1, len(asked.texts)), size):  # no texts are a part, too
+            texts = asked.texts[first : first + size]
+            part = asked.model_copy(update={"texts": texts, "first": asked.first + first})
+            rendered.append(await asyncio.to_thread(render, await self._encode(part)))
+        return rendered
+
+    async def _load(self) -> None:
         if not self.ready:
             await asyncio.to_thread(self.embeddings.load)
+
+    async def _encode(self, asked: EncodeRequest) -> M3Encoding:
+        await self._load()
         self._check_model(asked)
-        return await self.embeddings._loaded().aencode(  # noqa: SLF001
+        encoding = await self.embeddings._loaded().aencode(  # noqa: SLF001
             asked.texts,
             asked.options(self.embeddings),
             first=asked.first,
@@ -133,6 +202,9 @@ class Service:
             lexical=asked.lexical,
             colbert=asked.colbert,
         )
+        self._texts.inc(len(encoding.token_counts))
+        self._tokens.inc(int(encoding.token_counts.sum()))
+        return encoding
 
     @property
     def ready(self) -> bool:
@@ -161,19 +233,20 @@ class Service:
             "document_instruction": embeddings._instruction(query=False),  # noqa: SLF001
         }
 
-    def _check_room(self, texts: int, limit: str) -> None:
-        if texts > self.limits[limit]:
-            msg = (
-                f"{texts:,} texts are more than the {self.limits[limit]:,} that this server takes "
-                "at once. Send them in parts."
-            )
-            raise refusal(413, ValueError(msg))
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Count a request that waits or runs, if there is room for one more."""
         if self._queued >= self.limits["queue"]:
             msg = (
                 f"{self._queued:,} requests wait, as many as this server takes. "
                 f"Try again in {_RETRY_SECONDS} s."
             )
             raise refusal(429, ConnectionError(msg), {"Retry-After": str(_RETRY_SECONDS)})
+        self._queued += 1
+        try:
+            yield
+        finally:
+            self._queued -= 1
 
     def _check_model(self, asked: EncodeRequest) -> None:
         """Refuse who knows another model from before."""
@@ -188,7 +261,42 @@ class Service:
                 raise refusal(409, ValueError(msg))
 
 
-async def _unless_gone(http: Request, work: Coroutine[Any, Any, M3Encoding]) -> M3Encoding:
+def is_query(purpose: Purpose | None) -> bool:
+    """Whether a text is a query; it is a document where nothing is said."""
+    return purpose in ("query", "search_query")
+
+
+def on_truncate(truncate: bool | None) -> Literal["raise", "ignore"] | None:
+    """What a client says by whether to cut longer texts."""
+    return None if truncate is None else "ignore" if truncate else "raise"
+
+
+def floats(vector: NDArray[np.float32]) -> str:
+    """A vector as a JSON list."""
+    return json.dumps(vector.tolist())
+
+
+def json_reply(content: str) -> Response:
+    """A reply that is JSON already."""
+    return Response(content, media_type="application/json")
+
+
+def service_of(http: Request) -> Service:
+    """The service behind the application that a request is for."""
+    service: Service = http.app.state.service
+    return service
+
+
+def _plain(name: str) -> str:
+    """A model's name without owner, tag and case.
+
+    >>> _plain("BAAI/BGE-M3"), _plain("bge-m3:567m")
+    ('bge-m3', 'bge-m3')
+    """
+    return name.rpartition("/")[2].partition(":")[0].lower()
+
+
+async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of work that is cancelled when the caller hangs up."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(http))
     try:

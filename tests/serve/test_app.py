@@ -1,28 +1,28 @@
-"""The paths of the application, as any HTTP client sees them, OpenAI's among them."""
+"""The application as any HTTP client sees it: our own paths, limits, the key, what it counts."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
-import openai
 import pytest
 from calls import WAIT, gated, texts
-from langchain_openai import OpenAIEmbeddings
 from model_server import served
 from safetensors.numpy import load
 
 from langchain_bge_dense import BGEM3Embeddings
+from langchain_bge_dense._engine import loading
 from langchain_bge_dense.serve import create_app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 TEXTS = ["free and equal", "什么是稠密向量?", ""]
 KEY = "sk-of-a-test"
@@ -35,71 +35,8 @@ def url(tiny: BGEM3Embeddings) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, trust_env=False, timeout=WAIT) as http:
-        yield http
-
-
 def told(embeddings: BGEM3Embeddings, **fields: Any) -> BGEM3Embeddings:
     return BGEM3Embeddings(**{**embeddings.model_dump(), **fields})
-
-
-class TestOpenAI:
-    @pytest.fixture
-    def client(self, url: str) -> Iterator[openai.OpenAI]:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-            yield client
-
-    @pytest.mark.parametrize("encoding_format", ["float", "base64"])
-    def test_lists(
-        self, client: openai.OpenAI, tiny: BGEM3Embeddings, encoding_format: Any
-    ) -> None:
-        reply = client.embeddings.create(
-            model="bge-m3", input=TEXTS, encoding_format=encoding_format
-        )
-        found = [item.embedding for item in reply.data]
-        if encoding_format == "base64":
-            found = [np.frombuffer(base64.b64decode(item), "<f4").tolist() for item in found]
-        expected = tiny.encode(TEXTS)
-        assert found == expected.dense.tolist()
-        assert [item.index for item in reply.data] == [0, 1, 2]
-        assert reply.usage.prompt_tokens == reply.usage.total_tokens == expected.token_counts.sum()
-        assert reply.model == "tiny"
-
-    def test_a_string_and_no_format(self, client: openai.OpenAI, tiny: BGEM3Embeddings) -> None:
-        [item] = client.embeddings.create(model="bge-m3", input=TEXTS[1]).data
-        assert item.embedding == tiny.embed_query(TEXTS[1])
-
-    def test_what_it_cannot_do_is_said(self, client: openai.OpenAI) -> None:
-        for given, words in (
-            ({"input": [[5, 6]]}, "check_embedding_ctx_length=False"),
-            ({"input": [5, 6]}, "Send strings"),
-            ({"input": ["a", None]}, "Text 1 is NoneType, not str"),
-            ({"input": "a", "dimensions": 64}, "'tiny' has 32 dimensions, not 64"),
-        ):
-            with pytest.raises(openai.UnprocessableEntityError, match=words):
-                client.embeddings.create(model="bge-m3", **given)
-
-    def test_a_query_has_the_servers_instruction(self, tiny: BGEM3Embeddings) -> None:
-        with served(told(tiny, query_instruction="find: ")) as url:
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
-            for kind, expected in (("query", "find: free"), ("document", "free")):
-                [item] = client.embeddings.create(
-                    model="bge-m3", input="free", extra_body={"input_type": kind}
-                ).data
-                assert item.embedding == tiny.embed_query(expected)
-            client.close()
-
-    async def test_langchains_client(self, url: str, tiny: BGEM3Embeddings) -> None:
-        embeddings = OpenAIEmbeddings(
-            base_url=f"{url}/v1", api_key=KEY, model="bge-m3", check_embedding_ctx_length=False
-        )
-        assert embeddings.embed_documents(TEXTS) == tiny.embed_documents(TEXTS)
-        assert embeddings.embed_query(TEXTS[1]) == tiny.embed_query(TEXTS[1])
-        assert await embeddings.aembed_query(TEXTS[1]) == tiny.embed_query(TEXTS[1])
-        embeddings.client._client.close()
-        await embeddings.async_client._client.close()
 
 
 class TestEncode:
@@ -212,6 +149,31 @@ class TestLimits:
             assert [one.result(WAIT).status_code for one in running] == [200, 200]
             assert ask().is_success
 
+    @pytest.mark.parametrize("path", ["/encode", "/v1/embeddings"])
+    def test_the_queue_while_the_model_loads(
+        self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, path: str
+    ) -> None:
+        go_on, load = Event(), loading.load_encoder
+
+        def slow(*settings: Any) -> Any:
+            go_on.wait(WAIT)
+            return load(*settings)
+
+        monkeypatch.setattr(loading, "load_encoder", slow)
+        # Settings that no other test has: the model is not shared.
+        new = BGEM3Embeddings(model=tiny_checkpoint, device="cpu", dtype="float32", pooling="mean")
+        with served(new, max_queue=1) as url, ThreadPoolExecutor(1) as pool:
+
+            def ask() -> httpx.Response:
+                asked = {"texts": ["free"]} if path == "/encode" else {"input": ["free"]}
+                return httpx.post(f"{url}{path}", json=asked, timeout=WAIT)
+
+            waiting = pool.submit(ask)
+            until(lambda: metric(url, "bge_m3_queue") == 1)
+            assert ask().status_code == 429
+            go_on.set()
+            assert waiting.result(WAIT).is_success
+
 
 @pytest.fixture(scope="module")
 def locked(tiny: BGEM3Embeddings) -> Iterator[str]:
@@ -318,6 +280,10 @@ def until(holds: Any) -> None:
 
 def test_the_openapi_page_names_every_path(tiny: BGEM3Embeddings) -> None:
     paths = create_app(tiny).openapi()["paths"]
-    asked = {"/encode", "/v1/embeddings", "/tokenize", "/tokens"}
-    assert paths.keys() == asked | {"/info", "/health", "/ready", "/metrics"}
+    ours = {"/encode", "/tokenize", "/tokens", "/info", "/health", "/ready", "/metrics"}
+    openai = {"/v1/embeddings", "/v1/models"}
+    rerank = {"/v1/rerank", "/v2/rerank", "/rerank"}
+    tei = {"/", "/embed", "/embed_sparse", "/similarity"}
+    ollama = {"/api/embed", "/api/embeddings", "/api/tags", "/api/version"}
+    assert paths.keys() == ours | openai | rerank | tei | ollama
     assert all(next(iter(path.values()))["description"] for path in paths.values())
