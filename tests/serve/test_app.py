@@ -149,9 +149,12 @@ class TestLimits:
             assert [one.result(WAIT).status_code for one in running] == [200, 200]
             assert ask().is_success
 
-    @pytest.mark.parametrize("path", ["/encode", "/v1/embeddings"])
+    @pytest.mark.parametrize(
+        ("path", "pooling"),  # settings that no other test has: the model is not shared
+        [("/encode", "mean"), ("/v1/embeddings", "cls")],
+    )
     def test_the_queue_while_the_model_loads(
-        self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, path: str
+        self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, path: str, pooling: str
     ) -> None:
         go_on, load = Event(), loading.load_encoder
 
@@ -160,8 +163,7 @@ class TestLimits:
             return load(*settings)
 
         monkeypatch.setattr(loading, "load_encoder", slow)
-        # Settings that no other test has: the model is not shared.
-        new = BGEM3Embeddings(model=tiny_checkpoint, device="cpu", dtype="float32", pooling="mean")
+        new = BGEM3Embeddings(model=tiny_checkpoint, device="cpu", dtype="float16", pooling=pooling)
         with served(new, max_queue=1) as url, ThreadPoolExecutor(1) as pool:
 
             def ask() -> httpx.Response:
