@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
@@ -34,8 +35,8 @@ TEXTS = [
     "A query: " + "free and equal rights " * 150,
 ]
 WEIGHTS = "model.safetensors"
-# transformers says which token ids of a large vocabulary a small one lacks.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+# The lowest transformers lacks the newest families.
+KNOWN = [family for family, (kind, _) in FAMILIES.items() if hasattr(transformers, kind)]
 
 
 def load(folder: Path, **settings: Any) -> BGEM3Embeddings:
@@ -80,8 +81,7 @@ def test_every_family_is_in_the_table() -> None:
     assert sorted(listed) == sorted(FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", KNOWN)
 def test_a_family_gives_sentence_transformers_vectors(family: str, tmp_path: Path) -> None:
     folder = build_family(tmp_path / family, family)
     assert_loads(folder)
@@ -105,7 +105,6 @@ def test_rotary_positions_are_exact_in_every_dtype(dtype: str, tmp_path: Path) -
     assert exact @ narrow > 0.999
 
 
-Build = "Callable[[Path], Path]"
 CASES: dict[str, Callable[[Path], Any]] = {}
 
 
@@ -194,7 +193,8 @@ def other_modules(tmp_path: Path) -> None:
         write_modules(folder, kinds)
         for settings in ({}, {"pooling": "mean"}):
             refuses(folder, rf"modules\.json lists {name}", **settings)
-    for content in ([], [{"type": "x", "path": "../x"}], [7], [{"path": ""}]):
+    outside = [{"type": "x", "path": path} for path in ("../x", "/x", "x/y", "..")]
+    for content in ([], *([entry] for entry in outside), [7], [{"path": ""}], [{"type": 7}]):
         write_json(folder / "modules.json", content)
         with pytest.raises(ValueError, match=r"modules\.json is damaged"):
             load(folder).load()
@@ -318,6 +318,11 @@ def lower_case(tmp_path: Path) -> None:
     assert load(folder).embed_query("FREE") == load(folder).embed_query("free")
     assert load(folder).count_tokens("FREE") == load(folder).count_tokens("free")
     assert load(folder).fingerprint != before
+    from FlagEmbedding import BGEM3FlagModel
+
+    flag = BGEM3FlagModel(str(folder), use_fp16=False, devices="cpu", pooling_method="mean")
+    with pytest.raises(ValueError, match="BGEM3FlagModel does without"):
+        BGEM3Embeddings.from_flag_model(flag)
 
 
 @row("`max_seq_length`")
@@ -434,7 +439,7 @@ def own_code(tmp_path: Path) -> None:
 def reranker(tmp_path: Path) -> None:
     folder = build_family(tmp_path / "reranker", "xlm-roberta")
     change_json(folder / "config.json", architectures=["XLMRobertaForSequenceClassification"])
-    refuses(folder, r"of a reranker .*\(XLMRobertaForSequenceClassification\)")
+    refuses(folder, r"of a reranker .*\(.*XLMRobertaForSequenceClassification.*\)")
     change_json(folder / "config.json", architectures=None)
     weights = load_file(folder / WEIGHTS) | {"classifier.out_proj.weight": torch.zeros(1, 32)}
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
