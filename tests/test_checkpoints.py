@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 from tiny_families import FAMILIES, build_family, change_json, write_json, write_modules
-from tiny_m3 import build
+from tiny_m3 import TEXT, build
 from transformers import AutoModel, BartConfig, BartModel
 
 from langchain_bge_dense import BGEM3Embeddings
@@ -92,17 +93,26 @@ def test_a_family_gives_sentence_transformers_vectors(family: str, tmp_path: Pat
     assert (exact * half).sum(1).min() > 0.999
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rotary_positions_are_exact_in_every_dtype(dtype: str, tmp_path: Path) -> None:
-    folder = build_family(tmp_path / "long", "modernbert", max_position_embeddings=8_192)
-    text = "free and equal rights, " * 700
-    settings = {"max_length": None, "on_truncate": "raise"}
-    assert load(folder).count_tokens(text) > 4_000
-    exact, narrow = (
-        np.array(load(folder, dtype=kind, **settings).embed_query(text))
-        for kind in ("float32", dtype)
-    )
-    assert exact @ narrow > 0.999
+@pytest.mark.parametrize("family", ["eurobert", "modernbert"])
+def test_rotary_positions_are_those_of_transformers_in_bfloat16(
+    family: str, tmp_path: Path
+) -> None:
+    """Their frequencies stay in float32: rounded, they turn far tokens by half a radian."""
+    folder = build_family(tmp_path / "long", family, pooling="cls", max_position_embeddings=8_192)
+    text = " ".join(random.Random(0).choices(TEXT.split(), k=2_000))
+    half = load(folder, dtype="bfloat16", max_length=None, on_truncate="raise")
+    assert half.count_tokens(text) > 4_000
+    inputs = reference(folder).tokenizer(text, return_tensors="pt", truncation=False)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    right = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    rounded = AutoModel.from_pretrained(folder).to(torch.bfloat16)
+    with torch.inference_mode():
+        expected, wrong = (
+            unit(model(**inputs).last_hidden_state[:, 0].float().numpy())[0]
+            for model in (right, rounded)
+        )
+    assert expected @ wrong < 0.999
+    assert expected @ half.embed_query(text) > 0.9999
 
 
 CASES: dict[str, Callable[[Path], Any]] = {}
