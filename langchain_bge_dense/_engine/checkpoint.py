@@ -219,8 +219,8 @@ def _load_without_data(folder: Path) -> tuple[Any, dict[str, Any]]:
 def _check_heads(folder: Path, width: int) -> None:
     for name in HEADS:
         found = shapes(folder / name)
-        rows = 1 if name == HEADS[1] else found.get("bias", (width,))[0]
-        expected = {"weight": (rows, width), "bias": (rows,)}
+        rows = (1,) if name == HEADS[1] else found.get("weight", ())[:1] or (width,)
+        expected = {"weight": (*rows, width), "bias": rows}
         if found != expected:
             raise _mismatched(folder / name, f"its tensors are {found} instead of {expected}")
 
@@ -247,13 +247,13 @@ def check_vocabulary(tokenizer: Any, rows: int, folder: Path) -> None:
     if max(ids, default=0) >= rows:
         msg = (
             f"The tokenizer in {folder} has token ids up to {max(ids):,}, and the model has "
-            f"embeddings for {rows:,}. They belong to different models: download both again."
+            f"embeddings for {rows:,}. Take both from the same checkpoint."
         )
         raise ValueError(msg)
     if ids <= set(tokenizer.all_special_ids):
         msg = (
             f"The tokenizer in {folder} knows no tokens but the special ones: its vocabulary file "
-            "is missing or of another kind of model. Download the checkpoint again."
+            "is missing or of another kind of model. Copy it from where the weights came from."
         )
         raise ValueError(msg)
 
@@ -296,9 +296,9 @@ def _refuse_code(config: dict[str, Any], file: Path, kind: str) -> None:
 
 
 def _refuse_classifier(config: dict[str, Any], file: Path) -> None:
-    for name in config.get("architectures") or ():
-        if str(name).endswith("ForSequenceClassification"):
-            raise _no_embedder(file, name)
+    name = str(config.get("architectures"))
+    if "ForSequenceClassification" in name:
+        raise _no_embedder(file, name)
 
 
 def _no_embedder(file: Path, sign: str) -> ValueError:
@@ -335,7 +335,8 @@ def _number(config: dict[str, Any], names: tuple[str, ...], folder: Path, least:
 def _positions(config: dict[str, Any], modules: Modules, folder: Path) -> int:
     family = str(config.get("model_type"))
     if family in ENCODERS_OF_PAIRS:  # positions are relative: texts may be as long as one likes
-        return modules.longest or int(config.get("n_positions", 512))
+        trained = _number({"n_positions": 512, **config}, ("n_positions",), folder)
+        return max(modules.longest or 0, trained)
     positions = _number(config, _POSITIONS, folder)
     if not any(name in family for name in _OFFSET_POSITIONS):
         return positions

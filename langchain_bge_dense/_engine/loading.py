@@ -190,7 +190,7 @@ def _behind_pooling(layer: Dense | None, place: torch.device) -> Callable[[Tenso
     if layer is None:
         return F.normalize
     [file] = weight_files(layer.folder)
-    tensors = {name: t.to(place, torch.float32) for name, t in tensors_of(file).items()}
+    tensors = {name: t.to(place, torch.float32, copy=True) for name, t in tensors_of(file).items()}
     weight, bias = tensors["linear.weight"], tensors.get("linear.bias")
     residual, is_residual = tensors.get("residual.weight"), layer.residual
     activation = getattr(torch.nn, layer.activation)()

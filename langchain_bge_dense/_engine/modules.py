@@ -86,7 +86,7 @@ class Modules:
         lower_case: Whether texts are tokenised in lower case.
         layers: Behind the pooling; None scales to unit length. A last scaling is left out.
         prompts: What goes in front of texts.
-        longest: Tokens of the longest text, as sentence-transformers cuts it; None: not said.
+        longest: Tokens that sentence-transformers cuts texts to; None: not said.
     """
 
     pooling: str
@@ -115,18 +115,20 @@ def listed_modules(folder: Path) -> list[Module]:
         pooling = [Module("Pooling", "1_Pooling")] if (folder / POOLING_FILE).exists() else []
         return [Module("Transformer", ""), *pooling]
     try:
-        entries = [
-            Module(entry["type"], entry.get("path") or "") for entry in read_json(file, list)
+        modules = [
+            Module(_kind(entry["type"]), entry.get("path") or "") for entry in read_json(file, list)
         ]
-        inside = all(re.fullmatch(r"(?!\.)[\w. -]*", entry.path) for entry in entries)
+        inside = all(re.fullmatch(r"(?!\.)[\w. -]*", module.path) for module in modules)
     except (AttributeError, KeyError, TypeError) as error:
         raise damaged(file, "its entries are not modules") from error
-    if not inside or not entries:
+    if not inside or not modules:
         raise damaged(file, "its modules are not in folders beside it")
-    return [
-        Module(kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind, path)
-        for kind, path in entries
-    ]
+    return modules
+
+
+def _kind(path: str) -> str:
+    """A class of sentence-transformers by its own name, which stays when it moves."""
+    return path.rpartition(".")[2] if path.startswith("sentence_transformers.") else path
 
 
 def transformer_folder(folder: Path) -> Path:

@@ -72,7 +72,7 @@ class Request:
         if row is None:
             msg = (
                 f"Text {self.first + position} has a non-finite vector, in float32 too. "
-                "The checkpoint's weights are damaged or overflow: download the model again."
+                "The checkpoint's weights overflow or are damaged: compare them with the original."
             )
             self.fail(FloatingPointError(msg))
             return

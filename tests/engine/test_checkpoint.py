@@ -161,6 +161,11 @@ DAMAGES = {
         "sparse_linear.pt",
         "'bias': ()",
     ),
+    "head of scalars": (
+        head("colbert_linear.pt", bias=torch.tensor(0.5), weight=torch.tensor(0.5)),
+        "colbert_linear.pt",
+        "'bias': ()",
+    ),
     "head without a bias": (
         lambda folder: torch.save({"weight": torch.zeros(32, 32)}, folder / "colbert_linear.pt"),
         "colbert_linear.pt",
@@ -189,7 +194,7 @@ DAMAGES = {
         "special_tokens_map.json",
         "JSON",
     ),
-    "tokenizer of another kind": (without_tokens, "checkpoint", "ownload"),
+    "tokenizer of another kind": (without_tokens, "checkpoint", "Copy it from"),
 }
 
 

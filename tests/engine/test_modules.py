@@ -1,4 +1,4 @@
-"""What sentence-transformers' files ask for, held against sentence-transformers itself."""
+"""Prompts of a checkpoint; test_checkpoints.py holds them against sentence-transformers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from langchain_core.documents import Document
 from model_server import served
-from sentence_transformers import SentenceTransformer
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Reranker
 from langchain_bge_dense.matches import find_matches
@@ -38,16 +36,6 @@ def write_prompts(folder: Path, prompts: Any, default: Any = None) -> None:
 
 
 class TestPrompts:
-    def test_are_those_that_sentence_transformers_puts_in_front(self, folder: Path) -> None:
-        write_prompts(folder, NAMED, "other")
-        theirs, ours = SentenceTransformer(str(folder), device="cpu"), load(folder)
-        for found, expected in (
-            (ours.embed_query(TEXT), theirs.encode_query(TEXT)),
-            (ours.embed_documents([TEXT])[0], theirs.encode_document(TEXT)),
-        ):
-            assert np.dot(found, expected) > 0.999999
-        assert ours.embed_query(TEXT) != load(folder, query_instruction="").embed_query(TEXT)
-
     @pytest.mark.parametrize(
         ("prompts", "default", "query", "document"),
         [
@@ -73,11 +61,6 @@ class TestPrompts:
         assert (found.fingerprint == plain.fingerprint) == (query == document == "")
         assert found.embed_query(TEXT) == plain.embed_query(query + TEXT)
         assert found.embed_documents([TEXT]) == plain.embed_documents([document + TEXT])
-
-    def test_the_default_is_sentence_transformers_own(self, folder: Path) -> None:
-        write_prompts(folder, {"other": "o: "}, "other")
-        expected = SentenceTransformer(str(folder), device="cpu").encode(TEXT)
-        assert np.dot(load(folder).embed_query(TEXT), expected) > 0.999999
 
     def test_go_through_everything_that_embeds(self, folder: Path) -> None:
         write_prompts(folder, NAMED)
