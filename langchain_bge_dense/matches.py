@@ -317,13 +317,13 @@ def _stored(
     """ColBERT vectors, `(T, D)`, of those documents of which the store keeps one for each token."""
     if store is None:
         return {}
-    from langchain_bge_dense.chroma.search import model_of, stored_vectors
+    from langchain_bge_dense.chroma.records import key_of
+    from langchain_bge_dense.chroma.search import model_of
 
     model_of(store, embeddings)  # raises where it is another
-    rows = {document.id: row for row, document in enumerate(documents) if document.id}
-    texts = [documents[row].page_content for row in rows.values()]
-    vectors = stored_vectors(store._passages, list(rows), texts)  # noqa: SLF001
-    return {rows[passage]: found for passage, found in vectors.items()}
+    rows = {key_of(d.id, d.page_content): row for row, d in enumerate(documents) if d.id}
+    vectors = store.passages.colbert_vectors(list(rows))
+    return {rows[key]: found for key, found in vectors.items()}
 
 
 def _spans(

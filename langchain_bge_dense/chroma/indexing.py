@@ -15,10 +15,9 @@ from langchain_core.utils.aiter import abatch_iterate
 from langchain_core.utils.iter import batch_iterate
 from tqdm.auto import tqdm
 
-from langchain_bge_dense.chroma.collection import DIMENSION, check, fingerprint_of
-from langchain_bge_dense.chroma.companions import Encoded
-from langchain_bge_dense.chroma.passages import Kept
 from langchain_bge_dense.chroma.records import record
+from langchain_bge_dense.chroma.settings import Wanted, fingerprint_of
+from langchain_bge_dense.chroma.signals import Encoded
 from langchain_bge_dense.chroma.store import BGEM3Chroma
 
 if TYPE_CHECKING:
@@ -216,12 +215,12 @@ class Run:
         fingerprint: str | None = None,
     ) -> None:
         _check(store, batch_size)
-        self._passages = passages = store._passages  # noqa: SLF001 - its own package's
-        passages.connection.acquire_writer()
-        passages.keep(Kept(lexical))
-        check(passages.collection, fingerprint or fingerprint_of(passages.embeddings))
-        self._dimension: int | None = passages.collection.metadata.get(DIMENSION)
-        self.batch_size = min(batch_size, passages.batch_size())
+        self._passages = passages = store.passages
+        passages.session.acquire_writer()
+        passages.keep(Wanted(lexical))
+        passages.check_model(fingerprint or fingerprint_of(passages.embeddings))
+        self._dimension = passages.settings.dimension
+        self.batch_size = min(batch_size, passages.session.batch_size)
         self._added = self._seen = self._truncated = self._tokens = 0
 
     def add(
@@ -239,8 +238,7 @@ class Run:
         """
         records = {r.id: r for r in map(record, batch, itertools.count(self._seen))}
         stored = self._passages.stored(list(records))
-        kept = self._passages.kept if vectors is None else []
-        complete = self._passages.complete(list(records.values()), stored, kept)
+        complete = self._passages.complete(list(records.values()), stored, signals=vectors is None)
         new = [r for r in records.values() if r.id not in complete]
         if new:
             encoded = (
@@ -259,19 +257,19 @@ class Run:
     ) -> Encoded:
         """Vectors and codes of the caller's for records."""
         rows = np.stack([self._row(vectors, r.position) for r in new])  # (N, D)
-        codec = self._passages.codec(create=True)
+        codec = self._passages.codec()
         if codec is None or codes is None:
             return Encoded(rows)
         chosen = [codes[r.position - self._seen] for r in new]
         for one in chosen:
             codec.check(one)
-        return Encoded(rows, colbert=chosen)
+        return Encoded(rows, codes=chosen)
 
     def _row(self, vectors: Sequence[ArrayLike], position: int) -> NDArray[np.float32]:
         """A vector of the caller's, `(D,)`."""
         with np.errstate(over="ignore"):
             row = np.asarray(vectors[position - self._seen], dtype=np.float32)
-        if row.ndim != 1 or row.size != (self._dimension or row.size):
+        if row.ndim != 1 or row.size != self._dimension:
             msg = (
                 f"The vector of document {position} has the shape {row.shape}, and the collection "
                 f"takes {self._dimension} numbers. Pass vectors of the collection's own model."
@@ -287,8 +285,9 @@ class Run:
 
     def finish(self) -> IndexResult:
         """The counts, once all is on the disk."""
-        if self._added and self._passages.connection.folder:
-            self._passages.connection.folder.flush()
+        folder = self._passages.session.folder
+        if self._added and folder:
+            folder.flush()
         return self.done
 
 

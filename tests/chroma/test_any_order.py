@@ -24,8 +24,8 @@ from langchain_core.indexing import InMemoryRecordManager, index
 from langchain_bge_dense import BGEM3Retriever
 from langchain_bge_dense._scoring import maxsim_scores
 from langchain_bge_dense.chroma import compact, hnsw, index_documents, open_chroma
-from langchain_bge_dense.chroma.colbert import CodesInFolder
-from langchain_bge_dense.chroma.connection import Connection
+from langchain_bge_dense.chroma.folder import Folder
+from langchain_bge_dense.chroma.signals import FolderSignals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,10 +41,10 @@ STEPS = [
     (Client, "create_collection"),
     (Client, "delete_collection"),
     (Collection, "modify"),
-    (Connection, "write"),
-    (CodesInFolder, "_write"),
-    (CodesInFolder, "remove"),
-    (CodesInFolder, "compact"),
+    (Folder, "write"),
+    (FolderSignals, "put"),
+    (FolderSignals, "delete"),
+    (FolderSignals, "keep_only"),
     (hnsw, "back_up"),
     (hnsw, "drop_backup"),
 ]
