@@ -363,3 +363,9 @@ def test_instructions_of_a_callers_model_are_taken_over(tiny_checkpoint: Path) -
     flag.query_instruction_format = "{} {} please"
     with pytest.raises(ValueError, match="please"):
         BGEM3Embeddings.from_flag_model(flag)
+
+
+async def test_passages_of_a_generator(tiny: BGEM3Embeddings) -> None:
+    expected = tiny.embed_documents(["free", "equal"])
+    assert tiny.embed_documents(text for text in ("free", "equal")) == expected
+    assert await tiny.aembed_documents(text for text in ("free", "equal")) == expected

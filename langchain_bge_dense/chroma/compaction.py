@@ -32,10 +32,6 @@ class CompactResult:
         passages: How many the collection holds.
         bytes_before: Of the folder; 0 where the data is not in a folder of this machine.
         bytes_after: Likewise.
-
-    Example:
-        >>> CompactResult(passages=2, bytes_before=300, bytes_after=200).freed
-        100
     """
 
     passages: int

@@ -116,7 +116,7 @@ class Folder:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Neither writes nor loading of an index by anybody else."""
-        with self.lock, self._access_lock, self.named_errors():
+        with self.lock, self.named_errors(), self._access_lock:
             yield
 
     def client(self, names: dict[str, str], *, reopen: bool = False) -> ClientAPI:
@@ -352,7 +352,8 @@ class Folder:
         except (InternalError, sqlite3.Error) as error:
             raise self.error(error) from error
         except OSError as error:
-            if error.errno is None:  # one of these already
+            # One of these already, or of a model that is asked over a network.
+            if error.errno is None or isinstance(error, ConnectionError):
                 raise
             raise self.error(error) from error
 

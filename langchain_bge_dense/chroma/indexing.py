@@ -41,10 +41,6 @@ class IndexResult:
         skipped: Documents that the collection, or the same input further up, had already.
         truncated: Documents among the added ones that were longer than the model takes.
         tokens: Of the added documents, before any cut; 0 if not `BGEM3Embeddings` embedded them.
-
-    Example:
-        >>> IndexResult(added=2, skipped=1, truncated=0).added
-        2
     """
 
     added: int
@@ -175,14 +171,6 @@ async def aindex_documents(
 
     Returns:
         What `index_documents` returns.
-
-    Example:
-        >>> import asyncio
-        >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-        >>> from langchain_core.documents import Document
-        >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
-        >>> asyncio.run(aindex_documents(store, [Document("one")]))
-        IndexResult(added=1, skipped=0, truncated=0, tokens=0)
     """
     _check_iterable(documents)
     run = await asyncio.to_thread(Run, store, batch_size, lexical=lexical)

@@ -22,6 +22,7 @@ from langchain_bge_dense.chroma.settings import (
     CollectionSettings,
     Wanted,
     check_model,
+    fingerprint_of,
     underlying,
 )
 from langchain_bge_dense.chroma.signals import Encoded, Kept, Signals, pack
@@ -77,6 +78,7 @@ class Passages:
             found = CollectionSettings.of(self.embeddings)
             self.collection.modify(found.metadata())
         if found.uid != self._uid:
+            check_model(self.collection.name, found, fingerprint_of(self.embeddings))
             self._uid = found.uid
             self._signals = Signals.of(self.session, found.uid)
             self._index = LexicalIndex(self._signals)

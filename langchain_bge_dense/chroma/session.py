@@ -366,7 +366,7 @@ class GuardedCollection:
         **options: Any,
     ) -> Any:
         """Chroma's `get`, of any number of ids."""
-        options = {**options, "where": exact(where)}
+        options |= {"where": exact(where), "where_document": options.get("where_document") or None}
         if ids is None or isinstance(ids, str) or len(ids) <= _IDS:
             given: Any = {**options, "ids": ids, "limit": limit, "offset": offset}
             return self._read(lambda collection: collection.get(**given))
@@ -499,7 +499,6 @@ class GuardedCollection:
         # Chroma takes no hnsw:space here; the configuration holds the space.
         stored = {k: v for k, v in self.metadata.items() if k != "hnsw:space"}
         if stored != {**stored, **metadata}:
-            self.session.acquire_writer()
             self._read(lambda collection: collection.modify(metadata={**stored, **metadata}))
 
     def search(self, searches: Any) -> Any:

@@ -63,12 +63,6 @@ class BGEM3Chroma(Chroma):
         colbert: As in `open_chroma`.
         colbert_pooling: As in `open_chroma`.
         chroma_options: As in `open_chroma`.
-
-    Example:
-        >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-        >>> with open_chroma(DeterministicFakeEmbedding(size=8), "notes") as store:
-        ...     store.add_texts(["a note"], ids=["1"])
-        ['1']
     """
 
     def __init__(  # noqa: PLR0913 - those of `open_chroma`
@@ -128,23 +122,12 @@ class BGEM3Chroma(Chroma):
 
     @property
     def lexical(self) -> bool:
-        """Whether the collection has lexical weights, for `BGEM3Retriever`.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").lexical
-            False
-        """
+        """Whether the collection has lexical weights, for `BGEM3Retriever`."""
         return self.passages.settings.lexical
 
     @property
     def colbert(self) -> Kind | None:
-        """Kind of the collection's ColBERT codes, for `BGEM3Retriever`; None: it has none.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").colbert
-        """
+        """Kind of the collection's ColBERT codes, for `BGEM3Retriever`; None: it has none."""
         return self.passages.settings.colbert
 
     @property
@@ -185,12 +168,6 @@ class BGEM3Chroma(Chroma):
             TypeError: An item is not a text, or has metadata of a type that Chroma cannot store.
             ValueError: A text or its metadata cannot be stored.
             FloatingPointError: A vector is not finite.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
-            >>> store.add_texts(["one", "two"], ids=["a", "b"])
-            ['a', 'b']
         """
         columns = _columns(texts, metadatas, ids)
         records = [
@@ -221,15 +198,6 @@ class BGEM3Chroma(Chroma):
         Args:
             ids: Ids of stored documents.
             documents: The new ones. Metadata keys that they lack stay as they are.
-
-        Example:
-            >>> from langchain_core.documents import Document
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
-            >>> _ = store.add_texts(["one"], ids=["a"])
-            >>> store.update_documents(["a"], [Document("two")])
-            >>> store.get_by_ids(["a"])[0].page_content
-            'two'
         """
         _check_lengths("documents", documents, "ids", ids)
         self.passages.session.acquire_writer()
@@ -259,14 +227,6 @@ class BGEM3Chroma(Chroma):
 
         Raises:
             ValueError: Nothing says which documents.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
-            >>> _ = store.add_texts(["one", "two"], ids=["a", "b"])
-            >>> store.delete(["a"])
-            >>> store.get()["ids"]
-            ['b']
         """
         which = {key: value for key, value in {"ids": ids, **kwargs}.items() if value is not None}
         if not any(value or key == "ids" for key, value in which.items()):
@@ -277,37 +237,19 @@ class BGEM3Chroma(Chroma):
             self.passages.delete(**which)
 
     def delete_collection(self) -> None:
-        """Delete the collection and all that belongs to its passages.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").delete_collection()
-        """
+        """Delete the collection and all that belongs to its passages."""
         self.passages.session.acquire_writer()
         self.passages.drop()
         self._chroma_collection = None
 
     def reset_collection(self) -> None:
-        """Delete the collection and begin an empty one, which keeps what this one kept.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").reset_collection()
-        """
+        """Delete the collection and begin an empty one, which keeps what this one kept."""
         settings = self.passages.settings.renewed()
         self._collection_metadata = {**(self._collection_metadata or {}), **settings.metadata()}
         super().reset_collection()
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
-        """Stored documents by their ids; those that are not stored are left out.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
-            >>> _ = store.add_texts(["one"], ids=["a"])
-            >>> store.get_by_ids(["a", "b"])
-            [Document(id='a', metadata={}, page_content='one')]
-        """
+        """Stored documents by their ids; those that are not stored are left out."""
         stored = self.passages.stored(list(ids))
         return [
             Document(page_content=text, metadata=dict(metadata), id=passage)
@@ -336,10 +278,6 @@ class BGEM3Chroma(Chroma):
         """Free Chroma's memory and files, and let other processes write to the folder.
 
         A client that was passed to `open_chroma` stays open.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").close()
         """
         self.passages.session.close()
 

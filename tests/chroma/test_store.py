@@ -41,10 +41,6 @@ def test_scores_are_cosines_from_0_to_1(embeddings):
     assert all(0 <= score <= 1 for _, score in found)
 
 
-def test_telemetry_is_off(embeddings, tmp_path):
-    pass
-
-
 def test_stores_in_memory_are_apart(embeddings):
     first, second = open_chroma(embeddings), open_chroma(HashedEmbeddings(16))
     index_documents(first, passages(3))
