@@ -47,13 +47,10 @@ class CompactResult:
 def compact(store: BGEM3Chroma) -> CompactResult:
     """Write a collection anew, so that nothing is left of what was deleted or replaced.
 
-    The vector index is built again without deleted vectors, lexical weights are written without
-    those of deleted passages, and the database gives back its free space: neither texts nor vectors
-    of deleted passages are in any file afterwards, nor their words in Chroma's full-text index. It
-    takes as long as `index_vectors` of the same passages, and room for a second copy. Killed at any
-    moment it leaves the old collection or the new one. The collection's id changes; stores that are
-    open follow by themselves, and threads of this process that write wait. On a server nobody may
-    write from elsewhere meanwhile: it would be lost.
+    Neither texts nor vectors of deleted passages are in any file afterwards, nor their words in
+    Chroma's full-text index. It takes as long as `index_vectors` of the same passages, and room for
+    a second copy. Stores that are open follow by themselves, and threads of this process that write
+    wait. On a server nobody may write from elsewhere meanwhile: it would be lost.
 
     Args:
         store: A store of `open_chroma`.
@@ -62,7 +59,7 @@ def compact(store: BGEM3Chroma) -> CompactResult:
         How large the folder was and is.
 
     Raises:
-        RuntimeError: Another process writes to the folder.
+        FolderBusyError: Another process writes to the folder.
         OSError: The folder could not be written to; the disk is full.
 
     Example:

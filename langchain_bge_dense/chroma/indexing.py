@@ -86,7 +86,7 @@ def index_documents(
         ConnectionError: The Chroma server did not answer for a minute. What is stored
             stays; run it again.
         OSError: The folder could not be written to; the disk is full.
-        RuntimeError: Another process writes to the same folder.
+        FolderBusyError: Another process writes to the same folder.
 
     Example:
         >>> from langchain_core.embeddings import DeterministicFakeEmbedding

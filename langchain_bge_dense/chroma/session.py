@@ -419,9 +419,7 @@ class GuardedCollection:
             return collection.query(**options, **filters)
 
         found = self._read(query)
-        rows = _rows({name: found[name][0] for name in ("ids", *names)})
-        # A passage without a text was deleted since the index was read.
-        rows = [row for row in rows if row["documents"] is not None]
+        rows = _with_text(_rows({name: found[name][0] for name in ("ids", *names)}))
         if len(rows) < count:
             known = {row["ids"] for row in rows}
             passing = self._passing(len(rows), filters) if among is None else among
@@ -454,9 +452,8 @@ class GuardedCollection:
             return []
         vectors = np.asarray(found["embeddings"], np.float32)  # (N, D)
         distances = (1 - cosines(vectors, np.asarray(vector, np.float32))).tolist()
-        return _rows(
-            {**{name: found[name] for name in ("ids", "embeddings", *kept)}, "distances": distances}
-        )
+        columns = {name: found[name] for name in ("ids", "embeddings", *kept)}
+        return _with_text(_rows({**columns, "distances": distances}))
 
     def upsert(
         self,
@@ -591,6 +588,11 @@ def cosines(vectors: np.ndarray[Any, Any], query: np.ndarray[Any, Any]) -> Any:
 
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _with_text(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of passages; one without a text was deleted since the index was read."""
+    return [row for row in rows if row["documents"] is not None]
 
 
 def _joined(parts: Sequence[Any], first: int, last: int | None) -> Any:

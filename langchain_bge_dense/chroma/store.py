@@ -182,6 +182,11 @@ class BGEM3Chroma(Chroma):
         msg = "A store of open_chroma holds texts. Add images to a plain langchain_chroma.Chroma."
         raise NotImplementedError(msg)
 
+    def fork(self, *_: object, **__: object) -> NoReturn:
+        """Refuse a copy by Chroma, which would share the signals of this store's passages."""
+        msg = "Chroma's copy would share signals with this store. Index into another collection."
+        raise NotImplementedError(msg)
+
     @classmethod
     def from_texts(cls, texts: Iterable[str], *args: Any, **kwargs: Any) -> Self:
         """Open a store and add texts of any iterable to it; see `open_chroma` and `add_texts`."""
@@ -316,14 +321,8 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
     with the process. To share a collection in memory, pass one `chromadb.EphemeralClient()` as
     `client` each time.
 
-    Any number of processes may search a folder that one process writes. What it commits is seen by
-    the next query, and while it goes on after a second, or five times what opening the folder
-    takes if that is longer. The first process that writes keeps others from writing until it closes
-    its store or ends; to let several write, use a server.
-
-    A process can be killed at any moment, and the disk can be full: what was stored stays, and the
-    next process that opens the folder restores what was being written. A power cut can also lose
-    what a call of `index_documents` that has not returned was writing.
+    One process may write to a folder, and any number search it; a server lets several write. What a
+    kill, a full disk, a fork and a server that goes away do is in docs/chroma.md.
 
     Args:
         embeddings: Any LangChain embeddings.

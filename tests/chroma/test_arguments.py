@@ -44,6 +44,7 @@ BAD: list[tuple[type[Exception], str, Callable[[BGEM3Chroma], Any]]] = [
     ),
     (TypeError, "id of document 0 is 3", lambda s: s.update_documents([3], [Document("a")])),
     (NotImplementedError, "holds texts", lambda s: s.add_images(["a.png"])),
+    (NotImplementedError, "share signals", lambda s: s.fork("copy")),
     (
         ValueError,
         "metadata key 'chroma:page'",

@@ -17,7 +17,7 @@ from chromadb.errors import InternalError
 from hashed_embeddings import HashedEmbeddings
 from langchain_core.documents import Document
 
-from langchain_bge_dense import BGEM3Retriever
+from langchain_bge_dense import BGEM3Reranker, BGEM3Retriever
 from langchain_bge_dense.chroma import compact, folder, index_documents, open_chroma, session
 
 if TYPE_CHECKING:
@@ -118,6 +118,11 @@ def test_a_reader_that_may_not_open_again_yet_gives_whole_documents(
         assert all(d.page_content for d in found)
         writer.run("store.add_texts(['part new'], ids=['new'])")
         assert "new" in {d.id for d in retriever.invoke("part new")}  # by its words
+        writer.run("store.add_texts(['part newer'], ids=['newer'])")
+        newest = [Document("part newer", id="newer")]
+        for reranker in (BGEM3Reranker(vectorstore=store), BGEM3Reranker(embeddings=tiny)):
+            [found] = reranker.compress_documents(newest, "part newer")
+            assert found.metadata["bge_m3_relevance_score"] > 0.5
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from chromadb.config import Settings
 from hashed_embeddings import HashedEmbeddings
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import plain
 from langchain_core.documents import Document
 from tenacity import stop_after_attempt, wait_fixed
 
@@ -288,6 +289,13 @@ def test_a_fraction_deletes_what_it_means():
     assert store.get()["documents"] == ["two"]
     store.delete(where={"n": {"$lt": 1.5}})
     assert store.get()["documents"] == ["two"]
+
+
+def test_a_vector_without_a_text_is_no_passage():
+    store = open_chroma(HashedEmbeddings())
+    store.add_texts(["one"], ids=["1"])
+    plain(store).add(ids=["bare"], embeddings=[store.embeddings.embed_query("bare")])
+    assert [d.id for d in store.similarity_search("bare", k=5)] == ["1"]
 
 
 class TestEqualPassages:
