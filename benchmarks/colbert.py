@@ -25,7 +25,8 @@ from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense.chroma import index_documents, index_vectors, open_chroma
-from langchain_bge_dense.chroma.companions import Encoded, key_of
+from langchain_bge_dense.chroma.records import key_of
+from langchain_bge_dense.chroma.signals import Encoded, pack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +49,7 @@ def indexing(embeddings: BGEM3Embeddings, texts: list[str], rounds: int) -> dict
         for name, options in {"none": {}, **WAYS}.items():
             with tempfile.TemporaryDirectory() as folder:
                 store = open_chroma(embeddings, persist_directory=folder, lexical=True, **options)
-                store._passages.codec(create=True)  # noqa: SLF001 - once for a collection
+                store.passages.codec()  # once for a collection
                 start = time.perf_counter()
                 index_documents(store, map(Document, texts))
                 seconds[name].append(time.perf_counter() - start)
@@ -70,8 +71,8 @@ def rows(codec: Codec, count: int) -> Iterator[tuple[Document, np.ndarray, bytes
 
 def fill(store: BGEM3Chroma, count: int) -> None:
     """Index so many passages, with token ids of Zipf's frequencies."""
-    passages, chooser = store._passages, np.random.default_rng(1)  # noqa: SLF001
-    codec = passages.codec(create=True)
+    passages, chooser = store.passages, np.random.default_rng(1)
+    codec = passages.codec()
     assert codec is not None
     fingerprint = store.embeddings.fingerprint  # type: ignore[union-attr]
     index_vectors(store, rows(codec, count), fingerprint=fingerprint, show_progress=True)
@@ -80,7 +81,9 @@ def fill(store: BGEM3Chroma, count: int) -> None:
         weights = chooser.random((len(ids), TERMS)).tolist()
         lexical = [dict(zip(*row, strict=True)) for row in zip(tokens, weights, strict=True)]
         keys = [key_of(number, f"passage {number}") for number in ids]
-        passages.weights.add(keys, Encoded(np.empty((len(ids), 0), np.float32), lexical))
+        passages.signals.put(
+            keys, Encoded(np.empty((len(ids), 0), np.float32), list(map(pack, lexical)))
+        )
 
 
 def queries(
@@ -90,7 +93,7 @@ def queries(
     with tempfile.TemporaryDirectory() as folder:
         store = open_chroma(embeddings, persist_directory=folder, lexical=True, **WAYS[way])
         fill(store, count)
-        [file] = Path(folder).glob("*.colbert.sqlite3")
+        [file] = Path(folder).glob("*.signals.sqlite3")
         size = file.stat().st_size / count
         retriever = BGEM3Retriever(vectorstore=store)
         times: dict[str, list[float]] = {"two": [], "three": []}

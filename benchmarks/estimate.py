@@ -19,7 +19,7 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 
 from langchain_bge_dense.chroma import index_vectors, open_chroma
-from langchain_bge_dense.chroma.collection import fingerprint_of
+from langchain_bge_dense.chroma.settings import fingerprint_of
 
 WIDTH = 1_024
 SAMPLE = 20_000

@@ -27,15 +27,15 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense._scoring import lexical_scores
 from langchain_bge_dense.chroma import index_documents, open_chroma
-from langchain_bge_dense.chroma.companions import Encoded, key_of
-from langchain_bge_dense.chroma.records import Record
-from langchain_bge_dense.chroma.search import Candidates, Search, passing
+from langchain_bge_dense.chroma.records import Record, key_of
+from langchain_bge_dense.chroma.search import Search, nearest
+from langchain_bge_dense.chroma.signals import Encoded, Position, pack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from langchain_bge_dense.chroma import BGEM3Chroma
-    from langchain_bge_dense.chroma.lexical import LexicalWeights
+    from langchain_bge_dense.chroma.lexical import LexicalIndex
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -81,7 +81,7 @@ def index(arguments: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             embeddings = DeterministicFakeEmbedding(size=8)
             fill_index(open_chroma(embeddings, persist_directory=folder), size)
-            weights = open_chroma(embeddings, persist_directory=folder)._passages.weights  # noqa: SLF001
+            weights = open_chroma(embeddings, persist_directory=folder).passages.index
             before, start = resident(), time.perf_counter()
             weights.sync()
             results.append(
@@ -117,11 +117,11 @@ def random_weights(size: int) -> Iterator[list[dict[int, float]]]:
 
 def fill_index(store: BGEM3Chroma, size: int) -> None:
     """Write random weights of so many passages."""
-    store._passages.connection.acquire_writer()  # noqa: SLF001
+    store.passages.session.acquire_writer()
     for number, lexical in enumerate(random_weights(size)):
         ids = (f"{number * BATCH + row:064}" for row in range(BATCH))
-        encoded = Encoded(np.empty((BATCH, 0), np.float32), lexical)
-        store._passages.weights.add([key_of(p, p) for p in ids], encoded)  # noqa: SLF001
+        encoded = Encoded(np.empty((BATCH, 0), np.float32), list(map(pack, lexical)))
+        store.passages.signals.put([key_of(p, p) for p in ids], encoded)
     store.close()
 
 
@@ -138,7 +138,7 @@ def filters(arguments: argparse.Namespace) -> None:
         for share in (1.0, 0.5, 0.05, 0.001):
             rows = np.flatnonzero(share_of < share).tolist()
             where = {"share": {"$lt": share}} if share < 1 else None
-            search = Search("", 4, arguments.count, (0, 1, 0), "standard", where, None)
+            search = Search("", 4, arguments.count, (0, 1, 0), "standard", filters={"where": where})
             exact = [best_of(lexical, rows, query, arguments.count) for query in queries]
             results.append({"share": share, **searched(store, queries, search, lexical, exact)})
     table = [
@@ -162,15 +162,15 @@ def fill_store(
     store: BGEM3Chroma, lexical: Sequence[Mapping[int, float]], share_of: np.ndarray[Any, Any]
 ) -> None:
     """Write passages with a number from 0 to 1 that filters take."""
-    passages, chooser = store._passages, np.random.default_rng(2)  # noqa: SLF001
-    passages.connection.acquire_writer()
+    passages, chooser = store.passages, np.random.default_rng(2)
+    passages.session.acquire_writer()
     for first in range(0, len(lexical), BATCH):
         rows = lexical[first : first + BATCH]
         numbers = range(first, first + len(rows))
         records = [Record(str(n), str(n), {"share": float(share_of[n])}, n) for n in numbers]
         vectors = chooser.standard_normal((len(rows), 8)).astype(np.float32)
-        passages.write(records, Encoded(vectors, rows), {})
-    passages.weights.sync()
+        passages.write(records, Encoded(vectors, list(map(pack, rows))), {})
+    passages.index.sync()
 
 
 def best_of(
@@ -189,25 +189,27 @@ def searched(
     exact: list[list[float]],
 ) -> dict[str, float]:
     """What share of the exact best scores the index finds, and how long each step takes."""
-    collection, weights = store._collection, store._passages.weights  # noqa: SLF001
+    passages, weights = store.passages, store.passages.index
     vector = np.ones(8, np.float32)
     hits, steps = 0, []
     for query, best in zip(queries, exact, strict=True):
         times = [time.perf_counter()]
-        among = passing(collection, search)
+        among = passages.ids(**search.filters)
         times.append(time.perf_counter())
-        Candidates.nearest(collection, vector, search, among)
+        nearest(passages, vector, search, among)
         times.append(time.perf_counter())
         found = weights.scores(query).ranked(search.count, among)
         times.append(time.perf_counter())
-        Candidates.nearest(collection, vector, search)
+        nearest(passages, vector, search)
         times.append(time.perf_counter())
         steps.append(np.diff(times))
         scores = lexical_scores(query, [lexical[int(passage)] for passage in found]).tolist()
         hits += sum(score >= best[-1] - 1e-5 for score in scores[: len(best)]) if best else 0
     names = ("filter", "dense", "lexical", "dense alone")
     start = time.perf_counter()  # what would be asked if only the best were looked up
-    collection.get(ids=weights.scores(queries[0]).ranked(500), include=[], **search.filters)
+    passages.collection.get(
+        ids=weights.scores(queries[0]).ranked(500), include=[], **search.filters
+    )
     return {
         "recall": hits / sum(map(len, exact)),
         "of 500": time.perf_counter() - start,
@@ -221,7 +223,7 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
-def search_index(weights: LexicalWeights) -> list[str]:
+def search_index(weights: LexicalIndex) -> list[str]:
     """Rank the passages for a query of common and rare tokens."""
     chosen = (2, 5, 12, 60, 300, 2_000, 9_000, 70_000)
     return weights.scores(dict.fromkeys(chosen, 0.5)).ranked(50)
@@ -255,8 +257,8 @@ def timings(store: BGEM3Chroma, queries: list[str]) -> dict[str, float]:
 
 def weight_bytes(store: BGEM3Chroma) -> int:
     """Bytes of all lexical weights as they are stored."""
-    log = store._passages.weights.collection()  # noqa: SLF001
-    return sum(len(str(entry["batch"])) for entry in log.get()["metadatas"])
+    pages = store.passages.signals.since(Position())
+    return sum(len(packed or b"") for _, rows in pages for _, packed in rows)
 
 
 def report(results: list[dict[str, float]]) -> None:

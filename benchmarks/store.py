@@ -34,7 +34,7 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense.chroma import index_vectors, open_chroma
-from langchain_bge_dense.chroma.collection import fingerprint_of
+from langchain_bge_dense.chroma.settings import fingerprint_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -78,10 +78,9 @@ class Codec(NamedTuple):
         Raises:
             ValueError: The checkpoint has no ColBERT head.
         """
-        options = embeddings._options(query=False)  # noqa: SLF001 - its own package's
-        options = options._replace(instruction="", on_truncate="ignore", paired=False)
-        engine = embeddings._loaded()  # noqa: SLF001
-        encoding = engine.encode(_SENTENCES, options, dense=False, colbert=True)
+        session = embeddings.session()
+        options = session.documents._replace(instruction="", on_truncate="ignore", paired=False)
+        encoding = session.engine.encode(_SENTENCES, options, dense=False, colbert=True)
         mean = np.concatenate(encoding.colbert or []).mean(axis=0)  # (D,)
         return cls(kind, pooling, mean.astype(np.float16).astype(np.float32))
 

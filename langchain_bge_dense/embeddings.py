@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from langchain_core.embeddings import Embeddings
@@ -82,6 +82,16 @@ _OF_THE_MODEL = (
 )
 _OF_A_CLIENT = ("api_key",)
 _UNLOADED = {"_found": None, "_engine": None, "_paired": False}
+
+
+class Session(NamedTuple):
+    """A model that is loaded, for the other parts of this package."""
+
+    engine: BaseEngine
+    documents: Options
+    """How `embed_documents` encodes."""
+    queries: Options
+    """How `embed_query` does."""
 
 
 class BGEM3Embeddings(BaseModel, Embeddings):
@@ -268,7 +278,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             >>> len(vectors)
             2
         """
-        if len(texts) == 0:  # `not texts` would refuse a NumPy array
+        if hasattr(texts, "__len__") and len(texts) == 0:  # `not texts` would refuse an array
             return []
         engine, options = self._loaded(), self._options(query=False)
         return _floats(engine.encode(texts, options, show_progress=self.show_progress))
@@ -289,7 +299,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """`embed_documents` for an event loop; cancelling it drops the texts that have not run."""
-        if len(texts) == 0:  # `not texts` would refuse a NumPy array
+        if hasattr(texts, "__len__") and len(texts) == 0:  # `not texts` would refuse an array
             return []
         return await self._aembed(texts, query=False)
 
@@ -427,6 +437,11 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             >>> BGEM3Embeddings(model=checkpoint).load().close()
         """
         self._engine = self._found = None
+
+    def session(self) -> Session:
+        """Load the model, for the other parts of this package."""
+        documents, queries = (self._options(query=query) for query in (False, True))
+        return Session(self._loaded(), documents, queries)
 
     def _sparse_side(self) -> Callable[..., list[dict[int, float]]]:
         """The sparse embeddings of a hybrid store.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from html import escape as escape_html
+from importlib.resources import files
 from statistics import fmean
+from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.documents import Document
@@ -41,39 +43,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # no text 
 _SMALLEST = 0.005  # the smallest weight that two decimals show
 _CONTEXT = 120  # characters shown on each side of a mark
 
-_STYLE = """<style>
-.m3-matches { line-height: 1.55; overflow-wrap: anywhere; }
-.m3-matches > * + * { margin-top: 1rem; padding-top: 1rem;
-  border-top: 1px solid rgb(128 128 128 / .3); }
-.m3-matches .query { display: flex; flex-wrap: wrap; gap: .375rem .625rem; }
-.m3-matches .word { display: flex; gap: 1px; }
-.m3-matches .token { text-align: center; }
-.m3-matches .token mark { display: block; padding: .0625rem .375rem; min-width: 1.75rem;
-  white-space: pre; }
-.m3-matches small { display: block; opacity: .7; font-size: .75rem;
-  font-variant-numeric: tabular-nums; }
-.m3-matches section { display: flex; flex-wrap: wrap; gap: .375rem 2rem; }
-.m3-matches header { flex: 1 1 15rem; }
-.m3-matches header b { font-weight: 600; }
-.m3-matches .text { flex: 3 1 26rem; margin: 0; white-space: pre-line; }
-.m3-matches mark { color: inherit; border-radius: .1875rem; padding: .0625rem .125rem;
-  margin: 0 -.0625rem; background: rgb(240 170 0 / calc(.1 + .55 * var(--strength))); }
-.m3-matches u { text-decoration: underline .125rem; text-underline-offset: .1875rem;
-  text-decoration-color: rgb(60 130 240 / calc(var(--strength) * var(--strength))); }
-.m3-matches .similar { flex: 1 0 100%; display: flex; flex-wrap: wrap; gap: 0 .875rem; }
-</style>"""
-
-_PAGE = """<!doctype html>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>body {{ margin: 2.5rem auto; padding: 0 1.5rem; max-width: 68rem; }}
-body {{ font-family: system-ui, sans-serif; }}</style>
-<h1 dir="auto">{title}</h1>
-{body}
-"""
+_FOLDER = files(__package__)
+_STYLE = f"<style>\n{_FOLDER.joinpath('matches.css').read_text('utf-8')}</style>"
+_PAGE = Template(_FOLDER.joinpath("matches.html").read_text("utf-8"))
 
 
 class Token(NamedTuple):
@@ -219,7 +191,7 @@ class Matches:
             >>> matches.to_page().splitlines()[0]
             '<!doctype html>'
         """
-        return _PAGE.format(title=_escape(self.query), body=self.to_html())
+        return _PAGE.substitute(title=_escape(self.query), body=self.to_html())
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -318,20 +290,20 @@ def _stored(
     """ColBERT vectors, `(T, D)`, of those documents of which the store keeps one for each token."""
     if store is None:
         return {}
-    from langchain_bge_dense.chroma.search import model_of, stored_vectors
+    from langchain_bge_dense.chroma.records import key_of
+    from langchain_bge_dense.chroma.search import model_of
 
     model_of(store, embeddings)  # raises where it is another
-    rows = {document.id: row for row, document in enumerate(documents) if document.id}
-    texts = [documents[row].page_content for row in rows.values()]
-    vectors = stored_vectors(store._passages, list(rows), texts)  # noqa: SLF001
-    return {rows[passage]: found for passage, found in vectors.items()}
+    rows = {key_of(d.id, d.page_content): row for row, d in enumerate(documents) if d.id}
+    vectors = store.passages.colbert_vectors(list(rows))
+    return {rows[key]: found for key, found in vectors.items()}
 
 
 def _spans(
     embeddings: BGEM3Embeddings, text: str, instruction: str = ""
 ) -> list[tuple[int, int, int]]:
     """Ids of tokens and where in the text they are; those of an instruction have no width."""
-    found = embeddings._loaded().token_spans(instruction + text)  # noqa: SLF001
+    found = embeddings.session().engine.token_spans(instruction + text)
     offset = len(instruction)
     return [(id_, max(start - offset, 0), max(end - offset, 0)) for id_, start, end in found]
 

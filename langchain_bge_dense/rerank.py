@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from langchain_core.documents.compressor import BaseDocumentCompressor
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from langchain_bge_dense._scoring import (
     Weights,
@@ -66,22 +66,20 @@ class BGEM3Reranker(BaseDocumentCompressor):
     weights: Weights = (0.4, 0.2, 0.4)
     """Of the dense, lexical and ColBERT score; the default is that of BAAI's own example."""
 
+    _model: BGEM3Embeddings = PrivateAttr()
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.vectorstore is not None:
-            self._model  # noqa: B018 - raises where it does not fit
-        elif self.embeddings is None:
+            from langchain_bge_dense.chroma.search import model_of
+
+            self._model = model_of(self.vectorstore, self.embeddings)
+        elif self.embeddings is not None:
+            self._model = self.embeddings
+        else:
             msg = "Neither embeddings nor vectorstore is given. Pass a model, a store, or both."
             raise ValueError(msg)
         return self
-
-    @property
-    def _model(self) -> BGEM3Embeddings:
-        if self.vectorstore is None and self.embeddings is not None:
-            return self.embeddings
-        from langchain_bge_dense.chroma.search import model_of
-
-        return model_of(self.vectorstore, self.embeddings)
 
     def compress_documents(
         self,
@@ -114,34 +112,21 @@ class BGEM3Reranker(BaseDocumentCompressor):
         wanted: Any = {name: name in used for name in SIGNALS}
         model = self._model
         encoded = model.encode([query], query=True, **wanted)
-        scores = {name: np.empty(len(documents), np.float32) for name in used}  # (N,) each
-        kept = self._read_stored(encoded, documents, scores)
-        rest = [row for row in range(len(documents)) if row not in kept]
+        scores = {name: np.full(len(documents), np.nan, np.float32) for name in used}
+        if self.vectorstore is not None:
+            from langchain_bge_dense.chroma.records import key_of
+
+            rows = [row for row, document in enumerate(documents) if document.id]
+            keys = [key_of(str(documents[row].id), documents[row].page_content) for row in rows]
+            for name, values in self.vectorstore.passages.scores(encoded, keys).items():
+                scores[name][rows] = values
+        rest = np.flatnonzero(np.isnan(list(scores.values())).any(axis=0)).tolist()
         if rest:
             passages = model.encode([documents[row].page_content for row in rest], **wanted)
             for name, values in signal_scores(encoded, passages).items():
                 scores[name][rest] = values
         relevance = weighted_mean([scores[name] for name in used], list(used.values()))  # (N,)
         return {"relevance": relevance, **scores}
-
-    def _read_stored(
-        self,
-        query: M3Encoding,
-        documents: Sequence[Document],
-        scores: dict[str, NDArray[np.float32]],
-    ) -> set[int]:
-        """Fill in the scores of documents that the store has all of; gives their rows."""
-        from langchain_bge_dense.chroma.search import stored_scores
-
-        rows = {document.id: row for row, document in enumerate(documents) if document.id}
-        if self.vectorstore is None or not rows:
-            return set()
-        texts = [documents[row].page_content for row in rows.values()]
-        found, stored = stored_scores(self.vectorstore._passages, query, list(rows), texts)  # noqa: SLF001
-        kept = [list(rows.values())[number] for number in found]
-        for name, values in stored.items():
-            scores[name][kept] = values
-        return set(kept)
 
 
 def _with_scores(

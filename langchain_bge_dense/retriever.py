@@ -10,14 +10,8 @@ from langchain_core.runnables import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from langchain_bge_dense._engine.calls import warn_caller
-from langchain_bge_dense._scoring import Fusion, Weights, checked_weights
-from langchain_bge_dense.chroma.search import (
-    Candidates,
-    Search,
-    colbert_scores,
-    model_of,
-    passing,
-)
+from langchain_bge_dense._scoring import Fusion, Weights
+from langchain_bge_dense.chroma.search import Candidates, Search, find, model_of
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 if TYPE_CHECKING:
@@ -31,11 +25,7 @@ if TYPE_CHECKING:
     from langchain_core.retrievers import LangSmithRetrieverParams
     from typing_extensions import Self
 
-    from langchain_bge_dense._engine.outputs import M3Encoding
-    from langchain_bge_dense.chroma.lexical import LexicalWeights
     from langchain_bge_dense.chroma.passages import Passages
-
-_WITH_CODES, _COMPUTED = 50, 20  # candidates that are scored by ColBERT
 
 
 class BGEM3Retriever(BaseRetriever):
@@ -97,33 +87,26 @@ class BGEM3Retriever(BaseRetriever):
     same document for every query, which `MultiQueryRetriever` and others rely on."""
 
     _warned: set[str] = PrivateAttr(default_factory=set)
-    _counted: int | None = PrivateAttr(default=None)  # version of the folder
+    _model: BGEM3Embeddings = PrivateAttr()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._model  # noqa: B018 - raises where it does not fit
-        self._check_weights(self.weights)
-        return self
-
-    def _check_weights(self, weights: tuple[float, ...]) -> None:
-        if not any(weights[:2]) and not self._scores_colbert:
+        self._model = model_of(self.vectorstore, self.embeddings)
+        if not any(self.weights[:2]) and not self._scores_colbert:
             msg = (
-                f"The weights are {weights} and ColBERT is not scored, so that nothing counts. "
-                "Set colbert=True, or a dense or lexical weight above 0."
+                f"The weights are {self.weights} and ColBERT is not scored, so that nothing counts."
+                " Set colbert=True, or a dense or lexical weight above 0."
             )
             raise ValueError(msg)
+        return self
 
     @property
     def _passages(self) -> Passages:
-        return self.vectorstore._passages  # type: ignore[no-any-return]  # noqa: SLF001
-
-    @property
-    def _model(self) -> BGEM3Embeddings:
-        return model_of(self.vectorstore, self.embeddings)
+        return self.vectorstore.passages  # type: ignore[no-any-return]
 
     @property
     def _scores_colbert(self) -> bool:
-        return bool(self._passages.colbert) if self.colbert is None else self.colbert
+        return bool(self.vectorstore.colbert) if self.colbert is None else self.colbert
 
     def _get_ls_params(self, **kwargs: Any) -> LangSmithRetrieverParams:
         """What traces say of model and store."""
@@ -144,21 +127,26 @@ class BGEM3Retriever(BaseRetriever):
         filter: dict[str, Any] | None = None,  # noqa: A002 - LangChain's word
         where_document: dict[str, Any] | None = None,
     ) -> list[Document]:
-        k = _at_least_one("k", self.k if k is None else k)
-        fetch_k = _at_least_one("fetch_k", self.fetch_k if fetch_k is None else fetch_k)
-        search = Search(
-            query,
-            k=k,
-            count=max(k, fetch_k),
-            weights=self.weights if weights is None else checked_weights(weights),
-            fusion=self.fusion,
-            where=(self.filter if filter is None else filter) or None,
-            where_document=(self.where_document if where_document is None else where_document)
-            or None,
-        )
-        self._check_weights(search.weights)
-        best = self._passages.connection.read(lambda: self._best(search))
-        return best.documents(scores=self.scores)
+        given = {
+            "k": k,
+            "fetch_k": fetch_k,
+            "weights": weights,
+            "filter": filter,
+            "where_document": where_document,
+        }
+        asked = self._with({name: value for name, value in given.items() if value is not None})
+        return asked.search(query).documents(scores=self.scores)
+
+    def _with(self, options: dict[str, Any]) -> Self:
+        """A validated copy with the options of one call."""
+        if not options:
+            return self
+        return type(self)(**{**dict(self), **options}).sharing(self._warned)
+
+    def sharing(self, warned: set[str]) -> Self:
+        """The same, warning of what another one has not warned of."""
+        self._warned = warned
+        return self
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **options: Any
@@ -166,36 +154,32 @@ class BGEM3Retriever(BaseRetriever):
         call = partial(self._get_relevant_documents, run_manager=run_manager.get_sync(), **options)
         return await run_in_executor(None, call, query)
 
-    def _best(self, search: Search) -> Candidates:
-        model = self._model
-        weights = self._lexical_weights() if search.weights[1] else None
-        colbert = self._scores_colbert and search.weights[2] > 0
-        encoded = model.encode(
-            [search.query],
-            lexical=weights is not None,
-            colbert=colbert,
-            query=True,
+    def search(self, query: str) -> Candidates:
+        """The best passages with the scores of all signals."""
+        filters = {"where": self.filter, "where_document": self.where_document}
+        search = Search(
+            query,
+            k=self.k,
+            count=max(self.k, self.fetch_k),
+            weights=self.weights,
+            fusion=self.fusion,
+            colbert=self._scores_colbert,
+            colbert_k=self.colbert_k,
+            filters={name: value for name, value in filters.items() if value},
         )
-        candidates = self._candidates(search, encoded, weights)
-        if colbert and candidates.ids:
-            count = self.colbert_k or (_WITH_CODES if self._passages.colbert else _COMPUTED)
-            candidates = candidates.best(max(search.k, count))
-            self._add_colbert(search, encoded, candidates)
-        return candidates.best(search.k)
+        if search.weights[1]:
+            self._warn_of_weights()
+        found = find(self._passages, self._model, search)
+        if found.uncoded:
+            what = "ColBERT codes: theirs were computed now"
+            self._warn_of(found.uncoded, found.scored, what, kept=True)
+        return found
 
-    def _lexical_weights(self) -> LexicalWeights | None:
-        """The store's weights, read to their end; None: it has none."""
-        passages = self._passages
-        version = passages.connection.version()
-        count = 0  # Chroma goes through all passages for it
-        if version is None or version != self._counted:
-            count, self._counted = passages.collection.count(), version
-        passages.weights.sync()
-        lacking = count - len(passages.weights)
-        if lacking > 0 and version == passages.connection.version():  # else counted too early
+    def _warn_of_weights(self) -> None:
+        lacking, count = self._passages.count_without_weights()
+        if lacking:
             what = "lexical weights and score 0 lexically"
-            self._warn_of(lacking, count, what, kept=passages.lexical)
-        return passages.weights if len(passages.weights) else None
+            self._warn_of(lacking, count, what, kept=self.vectorstore.lexical)
 
     def _warn_of(self, lacking: int, count: int, what: str, *, kept: bool) -> None:
         """Say once what passages lack.
@@ -215,39 +199,3 @@ class BGEM3Retriever(BaseRetriever):
                 "store.add_missing(), or set the weight of that score to 0."
             )
             warn_caller(msg)
-
-    def _candidates(
-        self, search: Search, encoded: M3Encoding, weights: LexicalWeights | None
-    ) -> Candidates:
-        """Dense and lexical candidates with the scores of both signals."""
-        vector = encoded.dense[0]  # type: ignore[index]
-        collection = self._passages.collection
-        among = None if weights is None else passing(collection, search)
-        candidates = Candidates.nearest(collection, vector, search, among)
-        if weights is not None:
-            scores = weights.scores(encoded.lexical[0])  # type: ignore[index]
-            candidates.add(collection, scores.ranked(search.count, among), vector)
-            candidates.scores["lexical"] = scores.of(candidates.keys)
-        for signal, weight in zip(("dense", "lexical"), search.weights[:2], strict=True):
-            if signal in candidates.scores:
-                candidates.fuse(signal, weight, search.fusion)
-        return candidates
-
-    def _add_colbert(self, search: Search, encoded: M3Encoding, candidates: Candidates) -> None:
-        """Score candidates by MaxSim too."""
-        vectors = encoded.colbert[0]  # type: ignore[index]
-        scores, lacking = colbert_scores(
-            self._passages, self._model, vectors, candidates.keys, candidates.texts
-        )
-        if lacking and self._passages.colbert:
-            what = "ColBERT codes: theirs were computed now"
-            self._warn_of(lacking, len(scores), what, kept=True)
-        candidates.scores["colbert"] = scores
-        candidates.fuse("colbert", search.weights[2], search.fusion)
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        msg = f"{name} is {value}. Ask for 1 or more."
-        raise ValueError(msg)
-    return value

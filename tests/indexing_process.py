@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hashed_embeddings import HashedEmbeddings
+from inside import plain
 from langchain_core.documents import Document
 
 from langchain_bge_dense.chroma import index_documents, open_chroma
@@ -50,7 +51,7 @@ def die_persisting(store, folder: Path) -> None:
     Header and links are the new ones, level 0 is new up to some byte and old from there, the ids
     are cut short, and SQLite does not know of it.
     """
-    upsert = store._collection.upsert
+    upsert = plain(store).upsert
 
     def upsert_and_die(**columns) -> None:
         [*backup] = folder.glob("*.backup/header.bin")
@@ -69,7 +70,7 @@ def die_persisting(store, folder: Path) -> None:
         (folder / "chroma.sqlite3").write_bytes(database)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    store._passages.collection.upsert = upsert_and_die
+    plain(store).upsert = upsert_and_die
 
 
 def main(place: dict, count: int, *options: str) -> None:

@@ -404,3 +404,9 @@ def test_an_error_does_not_tell_secrets(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError) as caught:
         BGEM3Embeddings(token="hf_secret", **fields)  # noqa: S106
     assert "hf_secret" not in str(caught.value)
+
+
+async def test_passages_of_a_generator(tiny: BGEM3Embeddings) -> None:
+    expected = tiny.embed_documents(["free", "equal"])
+    assert tiny.embed_documents(text for text in ("free", "equal")) == expected
+    assert await tiny.aembed_documents(text for text in ("free", "equal")) == expected

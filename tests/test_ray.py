@@ -17,7 +17,7 @@ from ray_process import BAD, BLOCKS, FATAL, TEXTS
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense._codes import Codec
 from langchain_bge_dense.chroma import index_documents, index_vectors, open_chroma
-from langchain_bge_dense.chroma.companions import key_of
+from langchain_bge_dense.chroma.records import key_of
 from langchain_bge_dense.ray import _check, _Columns, _Embedder, embed_dataset
 
 SCRIPT = Path(__file__).with_name("ray_process.py")
@@ -81,9 +81,9 @@ def test_codes_are_those_that_a_collection_would_compute(rows, tiny):
     index_vectors(stores[1], embedded, fingerprint=tiny.fingerprint)
     assert stores[1].add_missing() == 0
     keys = [key_of(document.id, document.page_content) for document in documents]
-    computed, given = (store._passages.codes.read(keys) for store in stores)
+    computed, given = (store.passages.signals.codes(keys) for store in stores)
     assert given == dict(zip(keys, codes, strict=True))
-    codec = stores[0]._passages.codec()
+    codec = stores[0].passages.codec()
     differing = 0
     for key in keys:
         ours, theirs = codec.decompress(given[key]), codec.decompress(computed[key])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from chromadb.api.models.Collection import Collection
+from inside import plain
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_tests.integration_tests import RetrieversIntegrationTests
@@ -16,9 +17,9 @@ from pydantic import ValidationError
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense.chroma import index_documents, open_chroma
-from langchain_bge_dense.chroma.companions import Encoded
 from langchain_bge_dense.chroma.records import record
-from langchain_bge_dense.chroma.search import Candidates, Search, passing
+from langchain_bge_dense.chroma.search import Search, nearest
+from langchain_bge_dense.chroma.signals import Encoded, pack
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -249,21 +250,21 @@ def test_the_querys_instruction_counts(small: BGEM3Embeddings) -> None:
 
 def test_dense_scores_are_cosines_without_normalisation_too(small: BGEM3Embeddings) -> None:
     long = small.model_copy(update={"normalize": False})
-    collection = filled(long, [*FILLER[:20], PART])._passages.collection
+    passages = filled(long, [*FILLER[:20], PART]).passages
     vector = np.array(long.embed_query(PART), np.float32)
 
     def search(count: int) -> Search:
-        return Search(PART, 4, count, (1, 0, 0), "standard", None, None)
+        return Search(PART, 4, count, (1, 0, 0), "standard")
 
-    nearest = Candidates.nearest(collection, vector, search(50))
-    assert nearest.scores["dense"][0] == pytest.approx(1, abs=1e-4)
-    by_words = Candidates.nearest(collection, vector, search(1))
-    by_words.add(collection, nearest.ids, vector)
+    by_vectors = nearest(passages, vector, search(50))
+    assert by_vectors.scores["dense"][0] == pytest.approx(1, abs=1e-4)
+    by_words = nearest(passages, vector, search(1))
+    by_words.add(passages, by_vectors.ids, vector)
     assert by_words.texts[0] == PART
     assert len(by_words.ids) == 21
     added, expected = (
         dict(zip(found.ids, found.scores["dense"].tolist(), strict=True))
-        for found in (by_words, nearest)
+        for found in (by_words, by_vectors)
     )
     assert added == {passage: pytest.approx(score, abs=1e-4) for passage, score in expected.items()}
 
@@ -282,26 +283,25 @@ def test_lexical_candidates_are_all_that_pass_the_filter(
     tokens = {word: number for number, word in enumerate(words)}
     lexical = [{tokens[word]: float(chooser.random()) for word in text.split()} for text in texts]
     vectors = chooser.standard_normal((count, small.dimension)).astype(np.float32)
-    passages = store._passages
-    passages.connection.acquire_writer()
+    passages = store.passages
+    passages.session.acquire_writer()
     records = [
         record(Document(t, metadata=m, id=str(n)), n)
         for n, (t, m) in enumerate(zip(texts, rows, strict=True))
     ]
-    passages.write(records, Encoded(vectors, lexical), {})
-    passages.weights.sync()
+    passages.write(records, Encoded(vectors, list(map(pack, lexical))), {})
     query = {0: 1.0, 1: 0.5, 2: 0.25}
     exact = np.array([sum(w * row.get(t, 0) for t, w in query.items()) for row in lexical])
     exact[[number % share != 0 for number in range(count)]] = 0
-    search = Search("", 4, 50, (0, 1, 0), "standard", {"group": 0}, None)
-    among = passing(passages.collection, search)
-    assert among is not None
-    found = passages.weights.scores(query).ranked(50, among)
+    search = Search("", 4, 50, (0, 1, 0), "standard", filters={"where": {"group": 0}})
+    among = passages.ids(**search.filters)
+    assert passages.has_weights()
+    found = passages.index.scores(query).ranked(50, among)
     order = np.argsort(-exact, kind="stable")[:50]
     expected = exact[order][exact[order] > 0]
     np.testing.assert_allclose([exact[int(passage)] for passage in found], expected, rtol=1e-5)
     one, other, deleted = (
-        Candidates.nearest(passages.collection, vectors[0], search, given)
+        nearest(passages, vectors[0], search, given)
         for given in (None, among, [*among, "deleted meanwhile"])
     )
     assert sorted(one.ids) == sorted(other.ids) == sorted(deleted.ids)
@@ -365,12 +365,12 @@ def test_passages_are_counted_once_until_something_is_written(
     counted = []
     count = Collection.count
     monkeypatch.setattr(Collection, "count", lambda self: counted.append(1) or count(self))
-    retriever = BGEM3Retriever(vectorstore=store)
+    retriever = BGEM3Retriever(vectorstore=store, k=1, fetch_k=1)
     for _ in range(3):
         retriever.invoke("spare part")
     assert len(counted) == 1
     vectors = small.embed_documents([FILLER[0]])
-    store._collection.add(ids=["plain"], documents=[FILLER[0]], embeddings=vectors)
+    plain(store).add(ids=["plain"], documents=[FILLER[0]], embeddings=vectors)
     with pytest.warns(UserWarning, match="1 of 3 passages"):
         retriever.invoke("spare part")
 
@@ -414,7 +414,7 @@ class TestBadInput:
             BGEM3Retriever(scores=True, vectorstore=store, **fields)
 
     def test_k_at_invoke(self, store: Chroma) -> None:
-        with pytest.raises(ValueError, match="k is 0"):
+        with pytest.raises(ValueError, match=r"k\n.*greater than or equal to 1"):
             BGEM3Retriever(scores=True, vectorstore=store).invoke("pump", k=0)
 
     @pytest.mark.parametrize("weights", [(1, 1), (-1, 1, 1), (0, 0, 0), (0, 0, 1)])

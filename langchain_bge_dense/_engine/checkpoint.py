@@ -18,6 +18,7 @@ from langchain_bge_dense._engine.files import (
     weight_files,
 )
 from langchain_bge_dense._engine.modules import Dense, Modules, read_modules, transformer_folder
+from langchain_bge_dense.errors import BrokenCheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -258,8 +259,8 @@ def check_vocabulary(tokenizer: Any, rows: int, folder: Path) -> None:
         raise ValueError(msg)
 
 
-def _mismatched(file: Path, reason: str) -> ValueError:
-    return ValueError(
+def _mismatched(file: Path, reason: str) -> BrokenCheckpointError:
+    return BrokenCheckpointError(
         f"The weights in {file} belong to another model than config.json: {reason}. "
         "Take all files from the same checkpoint."
     )

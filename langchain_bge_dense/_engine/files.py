@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from langchain_bge_dense.errors import BrokenCheckpointError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -56,12 +58,12 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(" .")
 
 
-def damaged(file: Path, reason: str) -> ValueError:
+def damaged(file: Path, reason: str) -> BrokenCheckpointError:
     """The error of a file that is not as it was written."""
     with file.open("rb") as stream:
         if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
             reason = "it is a pointer of Git LFS in place of the file (`git lfs pull` fetches it)"
-    return ValueError(
+    return BrokenCheckpointError(
         f"The checkpoint file {file} is damaged: {reason}. Delete it and download it again."
     )
 

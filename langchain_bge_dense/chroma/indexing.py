@@ -16,10 +16,9 @@ from langchain_core.utils.iter import batch_iterate
 from tqdm.auto import tqdm
 
 from langchain_bge_dense._engine.calls import reporting
-from langchain_bge_dense.chroma.collection import DIMENSION, check, fingerprint_of
-from langchain_bge_dense.chroma.companions import Encoded
-from langchain_bge_dense.chroma.passages import Kept
 from langchain_bge_dense.chroma.records import record
+from langchain_bge_dense.chroma.settings import Wanted, fingerprint_of
+from langchain_bge_dense.chroma.signals import Encoded
 from langchain_bge_dense.chroma.store import BGEM3Chroma
 
 if TYPE_CHECKING:
@@ -43,10 +42,6 @@ class IndexResult:
         skipped: Documents that the collection, or the same input further up, had already.
         truncated: Documents among the added ones that were longer than the model takes.
         tokens: Of the added documents, before any cut; 0 if not `BGEM3Embeddings` embedded them.
-
-    Example:
-        >>> IndexResult(added=2, skipped=1, truncated=0).added
-        2
     """
 
     added: int
@@ -92,7 +87,7 @@ def index_documents(
         ConnectionError: The Chroma server did not answer for a minute. What is stored
             stays; run it again.
         OSError: The folder could not be written to; the disk is full.
-        RuntimeError: Another process writes to the same folder.
+        FolderBusyError: Another process writes to the same folder.
 
     Example:
         >>> from langchain_core.embeddings import DeterministicFakeEmbedding
@@ -178,14 +173,6 @@ async def aindex_documents(
 
     Returns:
         What `index_documents` returns.
-
-    Example:
-        >>> import asyncio
-        >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-        >>> from langchain_core.documents import Document
-        >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
-        >>> asyncio.run(aindex_documents(store, [Document("one")]))
-        IndexResult(added=1, skipped=0, truncated=0, tokens=0)
     """
     _check_iterable(documents)
     run = await asyncio.to_thread(Run, store, batch_size, lexical=lexical)
@@ -219,12 +206,12 @@ class Run:
         fingerprint: str | None = None,
     ) -> None:
         _check(store, batch_size)
-        self._passages = passages = store._passages  # noqa: SLF001 - its own package's
-        passages.connection.acquire_writer()
-        passages.keep(Kept(lexical))
-        check(passages.collection, fingerprint or fingerprint_of(passages.embeddings))
-        self._dimension: int | None = passages.collection.metadata.get(DIMENSION)
-        self.batch_size = min(batch_size, passages.batch_size())
+        self._passages = passages = store.passages
+        passages.session.acquire_writer()
+        passages.keep(Wanted(lexical))
+        passages.check_model(fingerprint or fingerprint_of(passages.embeddings))
+        self._dimension = passages.settings.dimension
+        self.batch_size = min(batch_size, passages.session.batch_size)
         self._added = self._seen = self._truncated = self._tokens = 0
 
     def add(
@@ -242,8 +229,7 @@ class Run:
         """
         records = {r.id: r for r in map(record, batch, itertools.count(self._seen))}
         stored = self._passages.stored(list(records))
-        kept = self._passages.kept if vectors is None else []
-        complete = self._passages.complete(list(records.values()), stored, kept)
+        complete = self._passages.complete(list(records.values()), stored, signals=vectors is None)
         new = [r for r in records.values() if r.id not in complete]
         if new:
             encoded = (
@@ -262,19 +248,19 @@ class Run:
     ) -> Encoded:
         """Vectors and codes of the caller's for records."""
         rows = np.stack([self._row(vectors, r.position) for r in new])  # (N, D)
-        codec = self._passages.codec(create=True)
+        codec = self._passages.codec()
         if codec is None or codes is None:
             return Encoded(rows)
         chosen = [codes[r.position - self._seen] for r in new]
         for one in chosen:
             codec.check(one)
-        return Encoded(rows, colbert=chosen)
+        return Encoded(rows, codes=chosen)
 
     def _row(self, vectors: Sequence[ArrayLike], position: int) -> NDArray[np.float32]:
         """A vector of the caller's, `(D,)`."""
         with np.errstate(over="ignore"):
             row = np.asarray(vectors[position - self._seen], dtype=np.float32)
-        if row.ndim != 1 or row.size != (self._dimension or row.size):
+        if row.ndim != 1 or row.size != self._dimension:
             msg = (
                 f"The vector of document {position} has the shape {row.shape}, and the collection "
                 f"takes {self._dimension} numbers. Pass vectors of the collection's own model."
@@ -290,8 +276,9 @@ class Run:
 
     def finish(self) -> IndexResult:
         """The counts, once all is on the disk."""
-        if self._added and self._passages.connection.folder:
-            self._passages.connection.folder.flush()
+        folder = self._passages.session.folder
+        if self._added and folder:
+            folder.flush()
         return self.done
 
 

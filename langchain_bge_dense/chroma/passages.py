@@ -1,43 +1,43 @@
-"""The passages of a collection, and all that belongs to them, read and written together."""
+"""The passages of a collection and their signals, read and written together.
+
+The order of writes, which a kill may end anywhere: signals of the new texts, the passages, then the
+signals of former texts go; a passage is deleted before its signals. So a passage that is stored has
+its signals, and what is too much does no harm: nothing asks for it, and compaction removes it.
+"""
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import uuid
-from operator import methodcaller
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
-from langchain_bge_dense._codes import Codec, check_kind, colbert_windows
-from langchain_bge_dense.chroma.colbert import ColbertCodes
-from langchain_bge_dense.chroma.collection import (
-    COLBERT,
-    COLBERT_MEAN,
-    COLBERT_POOLING,
-    LEXICAL,
-    UID,
-    add_metadata,
+from langchain_bge_dense._codes import colbert_windows
+from langchain_bge_dense.chroma.lexical import LexicalIndex
+from langchain_bge_dense.chroma.records import key_of, passage_of
+from langchain_bge_dense.chroma.session import COPY, GuardedCollection, cosines
+from langchain_bge_dense.chroma.settings import (
+    CollectionSettings,
+    Wanted,
+    check_model,
+    fingerprint_of,
     underlying,
 )
-from langchain_bge_dense.chroma.companions import Companion, Encoded, Truncations, key_of
-from langchain_bge_dense.chroma.connection import COPY, retried
-from langchain_bge_dense.chroma.lexical import LexicalWeights
+from langchain_bge_dense.chroma.signals import Encoded, Kept, Signals, pack
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from chromadb.api.models.Collection import Collection
     from langchain_core.embeddings import Embeddings
     from numpy.typing import NDArray
 
-    from langchain_bge_dense._codes import Kind
-    from langchain_bge_dense.chroma.connection import Connection
+    from langchain_bge_dense._codes import Codec
+    from langchain_bge_dense._engine.outputs import M3Encoding
     from langchain_bge_dense.chroma.records import Record
+    from langchain_bge_dense.chroma.session import Session
 
 _PAGE = 256  # passages completed at once
 
@@ -45,255 +45,147 @@ Stored = dict[str, tuple[str, "Mapping[str, Any]"]]
 """Id to text and metadata."""
 
 
-class Kept(NamedTuple):
-    """What belongs to each passage of a collection; None: as the collection has it.
-
-    Attributes:
-        lexical: Lexical weights.
-        colbert: Kind of its ColBERT codes; False: it has none.
-        pooling: Tokens that share a ColBERT vector.
-    """
-
-    lexical: bool | None = None
-    colbert: Kind | Literal[False] | None = None
-    pooling: int = 1
-
-    @classmethod
-    def of(cls, lexical: bool | None, colbert: Kind | bool | None, pooling: int) -> Kept:
-        """What a caller asked for.
-
-        Raises:
-            ValueError: There are no such codes.
-        """
-        kind: Any = "1bit" if colbert is True else colbert
-        check_kind("1bit" if kind is None or kind is False else kind, pooling)
-        return cls(lexical, kind, pooling)
-
-    def check(self, embeddings: Embeddings) -> None:
-        """Refuse embeddings that do not give what is asked for.
-
-        Raises:
-            TypeError: They do not.
-        """
-        options = {"lexical=True": self.lexical, f"colbert={self.colbert!r}": self.colbert}
-        wanted = [option for option, value in options.items() if value]
-        if wanted and not isinstance(underlying(embeddings), BGEM3Embeddings):
-            msg = (
-                f"{' and '.join(wanted)} was asked for, and {type(embeddings).__name__} gives "
-                "dense vectors alone. Open the store with BGEM3Embeddings, or leave it out."
-            )
-            raise TypeError(msg)
-
-    def metadata(self) -> dict[str, Any]:
-        """As a new collection says it."""
-        codes = {COLBERT: self.colbert, COLBERT_POOLING: self.pooling} if self.colbert else {}
-        return {UID: uuid.uuid4().hex, LEXICAL: bool(self.lexical), **codes}
-
-    def refused_by(self, found: Kept) -> str:
-        """What of this a collection cannot follow; empty: it can."""
-        if self.lexical is False and found.lexical:
-            return "lexical=False"
-        same = self[1:] == found[1:]
-        if self.colbert is not None and found.colbert and not same:
-            return f"colbert={self.colbert!r} with colbert_pooling={self.pooling}"
-        return ""
-
-    def described(self) -> str:
-        """What a collection has, in words."""
-        codes = f"{self.colbert!r} ColBERT codes with colbert_pooling={self.pooling}"
-        return " and ".join(["lexical weights"] * bool(self.lexical) + [codes] * bool(self.colbert))
-
-
-class Readable:
-    """The collection of passages, read again where another process has written meanwhile."""
-
-    def __init__(self, passages: Passages) -> None:
-        self._passages = passages
-
-    def __getattr__(self, name: str) -> Any:
-        passages = self._passages
-        if name not in {"get", "query"}:
-            return getattr(passages.collection, name)
-
-        def read(*args: Any, **options: Any) -> Any:
-            call = methodcaller(name, *args, **options)
-            return passages.connection.read(lambda: call(passages.collection))
-
-        return read
-
-
 class Passages:
     """Passages of one collection.
 
     Args:
-        connection: To its Chroma.
-        collection: As it was opened.
+        collection: The collection, which has settings.
         embeddings: Embed new ones.
     """
 
-    def __init__(
-        self, connection: Connection, collection: Collection, embeddings: Embeddings
-    ) -> None:
-        self.connection, self.embeddings = connection, embeddings
-        self._collection = collection
-        self._generation = connection.generation
-        self._name_uid()
-
-    def _name_uid(self) -> None:
-        metadata = self._collection.metadata or {}
-        if UID not in metadata:
-            add_metadata(self._collection, **Kept().metadata())
-            metadata = self._collection.metadata
-        self.uid = str(metadata[UID])
-        self.truncations = Truncations(self.connection, self.uid)
-        self.weights = LexicalWeights(self.connection, self.uid)
-        self.codes = ColbertCodes.of(self.connection, self.uid)
-        self.companions: list[Companion] = [self.truncations, self.weights, self.codes]
+    def __init__(self, collection: GuardedCollection, embeddings: Embeddings) -> None:
+        self.collection, self.embeddings = collection, embeddings
+        self._bound: object = None
+        self._uid = ""
+        self._counted: tuple[int | None, int] = (None, 0)
+        self._settings = self._bind()
 
     @property
-    def collection(self) -> Collection:
-        """The collection, as it is in Chroma now."""
-        self.connection.check()
-        self.connection.refresh()
-        if self._generation != self.connection.generation:
-            with self.connection.exclusive():
-                self._generation = self.connection.generation
-                self._reopen()
-                self.connection.seen()
-        return self._collection
-
-    def _reopen(self) -> None:
-        name = self._collection.name
-        found = self.connection.collection(name)
-        if found is None:
-            msg = f"Collection {name!r} was deleted by another process. Open it by open_chroma."
-            raise ValueError(msg)
-        self._collection = found
-        if (found.metadata or {}).get(UID) != self.uid:
-            self._name_uid()
+    def session(self) -> Session:
+        """The way to Chroma."""
+        return self.collection.session
 
     @property
-    def metadata(self) -> Mapping[str, Any]:
-        """What the collection says of its passages."""
-        return self._collection.metadata or {}
+    def settings(self) -> CollectionSettings:
+        """Settings of the collection, as it is now."""
+        return self._settings if self.collection.open() is self._bound else self._bind()
+
+    def _bind(self) -> CollectionSettings:
+        """Read the settings, and let signals and index be those of the passages that they name."""
+        self._bound = self.collection.open()
+        found = CollectionSettings.load(self.collection.metadata)
+        if found is None:  # made by another program in the place of the one that was opened
+            found = CollectionSettings.of(self.embeddings)
+            self.collection.modify(found.metadata())
+        if found.uid != self._uid:
+            check_model(self.collection.name, found, fingerprint_of(self.embeddings))
+            self._uid = found.uid
+            self._signals = Signals.of(self.session, found.uid)
+            self._index = LexicalIndex(self._signals)
+        self._settings = found
+        return found
 
     @property
-    def lexical(self) -> bool:
-        """Whether passages have lexical weights."""
-        return bool(self.metadata.get(LEXICAL))
+    def signals(self) -> Signals:
+        """The table of signals."""
+        self.settings  # noqa: B018 - another collection has another table
+        return self._signals
 
     @property
-    def colbert(self) -> Kind | None:
-        """Kind of the ColBERT codes that passages have; None: they have none."""
-        return self.metadata.get(COLBERT) or None
+    def index(self) -> LexicalIndex:
+        """The index of lexical weights."""
+        self.settings  # noqa: B018 - another collection has another index
+        return self._index
 
-    @property
-    def kept(self) -> list[LexicalWeights | ColbertCodes]:
-        """What belongs to each passage of this collection."""
-        return [*[self.weights] * self.lexical, *[self.codes] * bool(self.colbert)]
+    def check_model(self, fingerprint: str) -> None:
+        """Check that the vectors are of a model."""
+        check_model(self.collection.name, self.settings, fingerprint)
 
-    def kept_metadata(self) -> dict[str, Any]:
-        """What a new collection says that keeps what this one keeps."""
-        settings = (LEXICAL, COLBERT, COLBERT_POOLING, COLBERT_MEAN)
-        kept = {key: self.metadata[key] for key in settings if key in self.metadata}
-        return {**Kept().metadata(), **kept}
-
-    def keep(self, wanted: Kept) -> None:
-        """Follow what was asked for of the passages that are written from now on.
-
-        Raises:
-            TypeError: The embeddings give no such output.
-            ValueError: The collection keeps something else.
-        """
-        found = Kept(self.lexical, self.colbert or False, self.metadata.get(COLBERT_POOLING, 1))
-        refused = wanted.refused_by(found)
-        if refused:
-            msg = (
-                f"{refused} was asked for, and collection {self._collection.name!r} has "
-                f"{found.described()}. Leave it out, or take another collection_name."
-            )
-            raise ValueError(msg)
+    def keep(self, wanted: Wanted) -> None:
+        """Keep the requested signals of passages that are written from now on."""
         wanted.check(self.embeddings)
-        self._set(**{LEXICAL: wanted.lexical or found.lexical})
-        if wanted.colbert:
-            self._set(**{COLBERT: wanted.colbert, COLBERT_POOLING: wanted.pooling})
+        self._change(lambda found: wanted.added_to(found, self.collection.name))
 
-    def _set(self, **metadata: Any) -> None:
-        if metadata.items() - self.metadata.items():
-            self.connection.acquire_writer()
-            add_metadata(self.collection, **metadata)
+    def codec(self) -> Codec | None:
+        """Codec of the ColBERT vectors, decided with the first ones; None where none are kept."""
+        model: Any = underlying(self.embeddings)
+        if self.settings.colbert and not self.settings.mean:
+            self._change(lambda found: found if found.mean else found.with_mean_of(model))
+        return self.settings.codec()
 
-    def codec(self, *, create: bool = False) -> Codec | None:
-        """How ColBERT vectors are kept; None: they are not, or none was kept so far.
+    def _change(self, change: Callable[[CollectionSettings], CollectionSettings]) -> None:
+        """Change the settings, as they are in Chroma now."""
+        if change(self.settings) != self.settings:
+            self.session.acquire_writer()
+            self.collection.forget()
+            self.collection.modify(change(self.settings).metadata())
+            self._bind()
 
-        Args:
-            create: Decide it now, if it was not yet; for the process that writes.
+    def has_weights(self) -> bool:
+        """Whether any passage has lexical weights; reads those that are new."""
+        self.index.sync()
+        return len(self.index) > 0
+
+    def count_without_weights(self) -> tuple[int, int]:
+        """How many passages have no lexical weights, and of how many.
+
+        Chroma goes through all to count them: where a version tells, once until it changes.
         """
-        if self.colbert is None:
-            return None
-        pooling = int(self.metadata[COLBERT_POOLING])
-        if COLBERT_MEAN not in self.metadata:
-            if not create:
-                return None
-            model: Any = underlying(self.embeddings)
-            mean = Codec.of(model, self.colbert).mean.astype(np.float16)
-            self._set(**{COLBERT_MEAN: base64.b64encode(mean.tobytes()).decode()})
-        stored = base64.b64decode(str(self.metadata[COLBERT_MEAN]))
-        return Codec(self.colbert, pooling, np.frombuffer(stored, np.float16).astype(np.float32))
+        version = self.session.version()
+        if version is None or version != self._counted[0]:
+            self._counted = (version, self.collection.count())
+        self.index.sync()
+        count = self._counted[1]
+        if version != self.session.version():  # counted while another process wrote
+            return 0, count
+        return max(0, count - len(self.index)), count
 
     def stored(self, ids: Sequence[str]) -> Stored:
         """Texts and metadata of those passages that are stored."""
         if not ids:
             return {}
-        found: Any = self._get(ids=list(ids), include=["documents", "metadatas"])
+        found = self.collection.get(list(ids), include=["documents", "metadatas"])
         texts = (text or "" for text in found["documents"])
         metadatas = (metadata or {} for metadata in found["metadatas"])
         return dict(zip(found["ids"], zip(texts, metadatas, strict=True), strict=True))
 
-    def keys(self, ids: Sequence[str]) -> list[str]:
-        """Keys of those passages that are stored."""
-        return [key_of(passage, text) for passage, (text, _) in self.stored(ids).items()]
+    def ids(self, **which: Any) -> list[str]:
+        """Ids of the passages that pass Chroma's filters; without filters, of all."""
+        found: list[str] = self.collection.get(include=[], **which)["ids"]
+        return found
 
-    def _get(self, **options: Any) -> Any:
-        return retried(lambda: self.connection.read(lambda: self.collection.get(**options)))
-
-    def complete(
-        self,
-        records: Sequence[Record],
-        stored: Stored,
-        kept: Sequence[LexicalWeights | ColbertCodes],
-    ) -> set[str]:
-        """Ids of the records that are stored as they are, with all that belongs to them.
+    def complete(self, records: Sequence[Record], stored: Stored, *, signals: bool) -> set[str]:
+        """Ids of the records that are stored as they are, not cut by less than there is room now.
 
         Args:
             records: To be stored.
             stored: What is stored under their ids.
-            kept: What would be stored with them.
+            signals: Count those alone that have all signals of the collection, too.
         """
-        equal = {r.key: r for r in records if r.id in stored and r.equals(*stored[r.id])}
-        for companion in kept:
-            equal = {key: equal[key] for key in companion.present(list(equal))}
-        lengths = self.truncations.lengths(list(equal))
+        equal = {r.key: r.id for r in records if r.id in stored and r.equals(*stored[r.id])}
+        settings, kept = self.settings, self.signals.kept(list(equal))
+        wanted = (settings.lexical, bool(settings.colbert)) if signals else (False, False)
         room = getattr(underlying(self.embeddings), "max_length", None)
-        return {
-            r.id
-            for key, r in equal.items()
-            if not lengths.get(key) or (room is not None and room <= lengths[key])
-        }
+
+        def is_complete(key: str) -> bool:
+            cut_at, *has = kept.get(key, Kept())
+            whole = not cut_at or (room is not None and room <= cut_at)
+            return whole and all(have for have, want in zip(has, wanted, strict=True) if want)
+
+        return {passage for key, passage in equal.items() if is_complete(key)}
 
     def encode(self, texts: Sequence[str], *, dense: bool = True) -> Encoded:
-        """Vectors of new passages, with the weights and codes that the collection keeps.
+        """Vectors of new passages, with the signals that the collection keeps.
 
         Args:
             texts: N passages.
             dense: Compute dense vectors; without, there are N of no width.
         """
         model = underlying(self.embeddings)
-        codec = self.codec(create=True)
-        kept = self.lexical or codec is not None
-        if isinstance(model, BGEM3Embeddings) and (kept or model is self.embeddings):
+        codec, lexical = self.codec(), self.settings.lexical
+        if isinstance(model, BGEM3Embeddings) and (lexical or codec or model is self.embeddings):
             parts = colbert_windows(texts) if codec else [texts]
-            return Encoded.joined([self._encoded(model, part, codec, dense) for part in parts])
+            return Encoded.joined([_encoded(model, part, lexical, codec, dense) for part in parts])
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused as non-finite
             vectors = np.asarray(self.embeddings.embed_documents(list(texts)), np.float32)  # (N, D)
         if len(vectors) != len(texts):
@@ -304,59 +196,26 @@ class Passages:
             raise ValueError(msg)
         return Encoded(vectors)
 
-    def _encoded(
-        self,
-        model: BGEM3Embeddings,
-        texts: Sequence[str],
-        codec: Codec | None,
-        dense: bool,
-    ) -> Encoded:
-        encoding = model.encode(texts, dense=dense, lexical=self.lexical, colbert=bool(codec))
-        length = model.max_length or 0
-        return Encoded(
-            np.empty((len(texts), 0), np.float32) if encoding.dense is None else encoding.dense,
-            encoding.lexical,
-            [length if truncated else None for truncated in encoding.truncated.tolist()],
-            int(encoding.token_counts.sum()),
-            [codec.compress(vectors) for vectors in encoding.colbert or ()] if codec else None,
-        )
-
     def write(self, records: Sequence[Record], encoded: Encoded, stored: Stored) -> None:
         """Store passages in the place of those with their ids.
 
         Args:
             records: Of different ids.
-            encoded: What the model makes of them.
+            encoded: Their vectors and signals.
             stored: What is stored under their ids.
         """
         _check_finite(records, encoded.vectors)
         keys = [r.key for r in records]
         former = {key_of(r.id, stored[r.id][0]) for r in records if r.id in stored}
-        cuts = zip(keys, encoded.truncated_at or [None] * len(keys), strict=True)
-        columns = {
-            "ids": [r.id for r in records],
-            "documents": [r.text for r in records],
-            "metadatas": [_replacing(r, stored) for r in records],
-            "embeddings": encoded.vectors,
-        }
-        with self.connection.writing:
-            for companion in self.companions:
-                companion.add(keys, encoded)
-            self._write(len(keys), methodcaller("upsert", **columns))
-            self._remove(sorted(former.difference(keys)))
-            self.truncations.remove([key for key, cut in cuts if cut is None])
-
-    def _write(self, count: int, call: Callable[[Collection], object]) -> None:
-        self.connection.write(lambda: self.collection, count, call)
-
-    def _remove(self, keys: Sequence[str]) -> None:
-        if keys:
-            for companion in self.companions:
-                companion.remove(keys)
-
-    def batch_size(self) -> int:
-        """How many passages Chroma takes at once."""
-        return retried(self.connection.client.get_max_batch_size)
+        with self.session.writing:
+            self.signals.put(keys, encoded)
+            self.collection.upsert(
+                ids=[r.id for r in records],
+                documents=[r.text for r in records],
+                metadatas=[_replacing(r, stored) for r in records],
+                embeddings=encoded.vectors,
+            )
+            self.signals.delete(sorted(former.difference(keys)))
 
     def delete(self, **which: Any) -> None:
         """Delete passages.
@@ -364,44 +223,113 @@ class Passages:
         Args:
             which: `ids`, `where` or `where_document`, as in Chroma.
         """
-        ids = self._get(**which, include=[])["ids"]
-        for batch in batch_iterate(self.batch_size(), ids):
-            keys = self.keys(batch)
-            with self.connection.writing:
-                self._write(len(batch), methodcaller("delete", ids=batch))
-                self._remove(keys)
+        for batch in batch_iterate(self.session.batch_size, self.ids(**which)):
+            keys = [key_of(passage, text) for passage, (text, _) in self.stored(batch).items()]
+            with self.session.writing:
+                self.collection.delete(batch)
+                self.signals.delete(keys)
 
     def drop(self) -> None:
-        """Delete the collection and all that belongs to it."""
+        """Delete the collection and its signals."""
         name = self.collection.name
-        with self.connection.writing, self.connection.exclusive():
-            for companion in self.companions:
-                companion.drop()
+        with self.session.writing, self.session.exclusive():
+            self.signals.drop()
             for deleted in (name, f"{name}{COPY}"):
                 with contextlib.suppress(NotFoundError):
-                    self.connection.client.delete_collection(deleted)
-
-    def restart(self, collection: Collection) -> None:
-        """Begin anew with an empty collection."""
-        self._collection = collection
-        self._name_uid()
+                    self.session.client.delete_collection(deleted)
+        self.collection.forget()
 
     def add_missing(self) -> int:
-        """Compute weights and codes of passages without; gives how many there were."""
-        self.connection.acquire_writer()
+        """Compute the signals that passages lack; gives how many passages there were."""
+        self.session.acquire_writer()
         added = 0
-        for batch in batch_iterate(_PAGE, self._get(include=[])["ids"]):
+        for batch in batch_iterate(_PAGE, self.ids()):
             texts = {key_of(p, text): text for p, (text, _) in self.stored(batch).items()}
-            present = [kept.present(list(texts)) for kept in self.kept]
-            lacking = [key for key in texts if not all(key in found for found in present)]
-            if lacking:
-                encoded = self.encode([texts[key] for key in lacking], dense=False)
-                with self.connection.writing:
-                    for companion, found in zip(self.kept, present, strict=True):
-                        if not found.issuperset(lacking):
-                            companion.add(lacking, encoded)
-            added += len(lacking)
+            added += self._add_missing(texts)
         return added
+
+    def _add_missing(self, texts: Mapping[str, str]) -> int:
+        settings, kept = self.settings, self.signals.kept(list(texts))
+        found = {key: kept.get(key, Kept()) for key in texts}
+        lacking = [
+            key
+            for key, has in found.items()
+            if (settings.lexical and not has.lexical) or (settings.colbert and not has.codes)
+        ]
+        if lacking:
+            encoded = self.encode([texts[key] for key in lacking], dense=False)
+            added = encoded.added_to([found[key] for key in lacking])
+            with self.session.writing:
+                self.signals.put(lacking, added)
+        return len(lacking)
+
+    def scores(self, query: M3Encoding, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Scores of stored passages by the outputs of a query, from what the collection keeps.
+
+        Args:
+            query: One text; a signal is scored that it has an output of.
+            keys: Of N passages.
+
+        Returns:
+            Scores by signal, `(N,)` each; NaN for a passage that is not stored with this text, or
+            without the signal.
+        """
+        scores = {}
+        if query.dense is not None:
+            scores["dense"] = self._dense_scores(query.dense[0], keys)
+        if query.lexical is not None:
+            self.index.sync()
+            scores["lexical"] = self.index.scores(query.lexical[0]).of(keys)
+        if query.colbert is not None:
+            scores["colbert"] = self._colbert_scores(query.colbert[0], keys)
+        return scores
+
+    def _dense_scores(
+        self, vector: NDArray[np.float32], keys: Sequence[str]
+    ) -> NDArray[np.float32]:
+        scores = np.full(len(keys), np.nan, np.float32)  # (N,)
+        places = {key: place for place, key in enumerate(keys)}
+        columns = ["documents", "embeddings"]
+        found = self.collection.get(list(map(passage_of, keys)), include=columns)
+        rows = zip(found["ids"], *(found[name] for name in columns), strict=True)
+        vectors = {key_of(passage, text or ""): v for passage, text, v in rows}
+        stored = [key for key in places if key in vectors]
+        if stored:
+            chosen = np.array([vectors[key] for key in stored], np.float32)  # (M, D)
+            scores[[places[key] for key in stored]] = cosines(chosen, vector)
+        return scores
+
+    def _colbert_scores(
+        self, query: NDArray[np.float32], keys: Sequence[str]
+    ) -> NDArray[np.float32]:
+        scores = np.full(len(keys), np.nan, np.float32)  # (N,)
+        codec = self.settings.codec()
+        codes = self.signals.codes(keys) if codec else {}
+        rows = [row for row, key in enumerate(keys) if key in codes]
+        if codec and rows:
+            scores[rows] = codec.maxsim(query, [codes[keys[row]] for row in rows])
+        return scores
+
+    def colbert_vectors(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """ColBERT vectors by key, `(T, D)`, of passages that keep one for each token."""
+        codec = self.settings.codec()
+        if codec is None or codec.pooling > 1:
+            return {}
+        return {key: codec.decompress(codes) for key, codes in self.signals.codes(keys).items()}
+
+
+def _encoded(
+    model: BGEM3Embeddings, texts: Sequence[str], lexical: bool, codec: Codec | None, dense: bool
+) -> Encoded:
+    encoding = model.encode(texts, dense=dense, lexical=lexical, colbert=codec is not None)
+    length = model.max_length or 0
+    return Encoded(
+        np.empty((len(texts), 0), np.float32) if encoding.dense is None else encoding.dense,
+        None if encoding.lexical is None else list(map(pack, encoding.lexical)),
+        [codec.compress(vectors) for vectors in encoding.colbert or ()] if codec else None,
+        [length if truncated else None for truncated in encoding.truncated.tolist()],
+        int(encoding.token_counts.sum()),
+    )
 
 
 def _check_finite(records: Sequence[Record], vectors: NDArray[np.float32]) -> None:

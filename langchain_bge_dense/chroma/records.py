@@ -10,12 +10,33 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from langchain_core.documents import Document
 
 from langchain_bge_dense._scoring import SCORE_KEYS
-from langchain_bge_dense.chroma.companions import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _KINDS = (bool, int, float, str)  # an int is not a float of the same value, nor True an int
+
+
+_HASH = 16  # characters of a key behind the id
+
+
+def key_of(passage: str, text: str) -> str:
+    """The key of what was computed of a passage: its id, and sixty-four bits of its text.
+
+    >>> key_of("a", "one")
+    'a34f2ddaa8b7615c9'
+    """
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
+    return passage + digest.hexdigest()
+
+
+def passage_of(key: str) -> str:
+    """The id in a key.
+
+    >>> passage_of("a34f2ddaa8b7615c9")
+    'a'
+    """
+    return key[:-_HASH]
 
 
 class Record(NamedTuple):
@@ -73,7 +94,29 @@ def record(document: Any, position: int) -> Record:
     text = document.page_content
     metadata = checked_metadata(document.metadata, position)
     content_hash = _hash(text, metadata, position)
-    return Record(document.id or content_hash, text, metadata, position)
+    passage = check_id(document.id, position) if document.id else content_hash
+    return Record(passage, text, metadata, position)
+
+
+def check_id(passage: object, position: int) -> str:
+    """Check the id of a document.
+
+    Raises:
+        TypeError: It is not a str.
+        ValueError: It is empty, or has a lone surrogate.
+    """
+    if not isinstance(passage, str):
+        msg = f"The id of document {position} is {passage!r}, not a str. Convert it first."
+        raise TypeError(msg)
+    try:
+        passage.encode()
+    except UnicodeEncodeError as error:
+        msg = f"The id of document {position}, {passage!r}, has a lone surrogate. Take another id."
+        raise ValueError(msg) from error
+    if not passage:
+        msg = f"The id of document {position} is empty. Pass None for a new one."
+        raise ValueError(msg)
+    return passage
 
 
 def checked_metadata(given: Mapping[Any, Any], position: int) -> dict[str, Any]:
@@ -123,10 +166,10 @@ def _check_key(key: Any, position: int) -> None:
             "Make it a str."
         )
         raise TypeError(msg)
-    if not key or key[0] in "#$" or key == "chroma:document":
+    if not key or key[0] in "#$" or key.startswith("chroma:"):
         msg = (
             f"Document {position} has the metadata key {key!r}, which Chroma keeps for itself. "
-            "Rename it; keys are not empty and start with neither '#' nor '$'."
+            "Rename it; keys are not empty and start with none of '#', '$' and 'chroma:'."
         )
         raise ValueError(msg)
 

@@ -1,37 +1,30 @@
-"""Candidates of one query from a collection, and what each signal says of them."""
+"""Candidates of one query from a collection, scored by the signals."""
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from chromadb.errors import InternalError
 from langchain_core.documents import Document
 
-from langchain_bge_dense._scoring import dense_scores, maxsim_scores, scaled, score_key
-from langchain_bge_dense.chroma.collection import check, underlying
-from langchain_bge_dense.chroma.companions import key_of, passage_of
+from langchain_bge_dense._scoring import Fusion, maxsim_scores, scaled, score_key
+from langchain_bge_dense.chroma.records import key_of
+from langchain_bge_dense.chroma.session import cosines
+from langchain_bge_dense.chroma.settings import underlying
 from langchain_bge_dense.chroma.store import BGEM3Chroma
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from chromadb import Collection
     from numpy.typing import NDArray
-    from typing_extensions import Self
 
     from langchain_bge_dense._engine.outputs import M3Encoding
-    from langchain_bge_dense._scoring import Fusion
-    from langchain_bge_dense.chroma.colbert import ColbertCodes
-    from langchain_bge_dense.chroma.lexical import LexicalWeights
     from langchain_bge_dense.chroma.passages import Passages
 
-_SMALLEST = np.float32(1e-12)  # of what is divided by
 _MOST_IDS = 100_000  # of one request, which a server takes up to 40 MiB of
+_WITH_CODES, _COMPUTED = 50, 20  # candidates that are scored by ColBERT
 
 
 @dataclass(frozen=True)
@@ -44,8 +37,9 @@ class Search:
         count: How many candidates of each signal.
         weights: Of the dense, lexical and ColBERT score.
         fusion: How the scores are added up.
-        where: Chroma's metadata filter.
-        where_document: Chroma's filter of texts.
+        colbert: Whether candidates are scored by ColBERT.
+        colbert_k: How many; None for what suits the store.
+        filters: Chroma's `where` and `where_document`, if there are any.
     """
 
     query: str
@@ -53,14 +47,9 @@ class Search:
     count: int
     weights: tuple[float, ...]
     fusion: Fusion
-    where: Mapping[str, Any] | None
-    where_document: Mapping[str, Any] | None
-
-    @property
-    def filters(self) -> dict[str, Any]:
-        """The filters as Chroma takes them; empty: there are none."""
-        filters = {"where": self.where, "where_document": self.where_document}
-        return {name: value for name, value in filters.items() if value}
+    colbert: bool = False
+    colbert_k: int | None = None
+    filters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_of(store: object, embeddings: BGEM3Embeddings | None = None) -> BGEM3Embeddings:
@@ -68,7 +57,7 @@ def model_of(store: object, embeddings: BGEM3Embeddings | None = None) -> BGEM3E
 
     Args:
         store: Of `open_chroma`.
-        embeddings: The caller's; None: the store's own.
+        embeddings: The caller's; None for the store's own.
 
     Raises:
         ValueError: It is not such a store, its embeddings are others, or not the ones given.
@@ -83,17 +72,9 @@ def model_of(store: object, embeddings: BGEM3Embeddings | None = None) -> BGEM3E
             "store with BGEM3Embeddings, or pass the ones that filled it as `embeddings`."
         )
         raise ValueError(msg)  # noqa: TRY004 - pydantic passes on ValueError alone
-    check(store._passages.collection, model.fingerprint)  # noqa: SLF001 - its own package's
+    if embeddings is not None:
+        store.passages.check_model(model.fingerprint)
     return model
-
-
-def passing(collection: Collection, search: Search) -> list[str] | None:
-    """Ids of all passages that pass the filters; None: there are no filters.
-
-    Chroma takes most of a query's time to find them. Of given ids it tells the ones that pass 50
-    times as slowly: it compares each with all that pass.
-    """
-    return collection.get(include=[], **search.filters)["ids"] if search.filters else None
 
 
 @dataclass
@@ -106,6 +87,8 @@ class Candidates:
         metadatas: What is stored there.
         fused: What they are ordered by, `(N,)`.
         scores: Scores by signal, `(N,)` each.
+        scored: How many were scored by ColBERT.
+        uncoded: How many of these had no codes where the collection keeps them.
     """
 
     ids: list[str]
@@ -113,54 +96,27 @@ class Candidates:
     metadatas: list[Mapping[str, Any]]
     fused: NDArray[np.float32]
     scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-
-    @classmethod
-    def nearest(
-        cls,
-        collection: Collection,
-        vector: NDArray[np.float32],
-        search: Search,
-        among: list[str] | None = None,
-    ) -> Self:
-        """The passages with the nearest dense vectors.
-
-        Args:
-            collection: In cosine space.
-            vector: The query's, `(D,)`.
-            search: How many, and the filters.
-            among: What `passing` gave, if it was asked for.
-        """
-        found = _query(collection, vector, search, among)
-        columns = (found[name][0] for name in ("ids", "documents", "metadatas", "distances"))
-        # A passage without a text was deleted since the index was read.
-        rows = [row for row in zip(*columns, strict=True) if row[1] is not None]
-        made = cls(
-            [row[0] for row in rows],
-            [row[1] for row in rows],
-            [row[2] or {} for row in rows],
-            np.zeros(len(rows), np.float32),
-        )
-        made.scores["dense"] = 1 - np.array([row[3] for row in rows], np.float32)  # (N,)
-        return made
+    scored: int = 0
+    uncoded: int = 0
 
     @property
     def keys(self) -> list[str]:
         """Names of what was computed of them."""
         return list(map(key_of, self.ids, self.texts))
 
-    def add(self, collection: Collection, ids: Sequence[str], vector: NDArray[np.float32]) -> None:
+    def add(self, passages: Passages, ids: Sequence[str], vector: NDArray[np.float32]) -> None:
         """Add passages by their ids, those that are still stored."""
         known = set(self.ids)
         new = [passage for passage in ids if passage not in known]
         if not new:
             return
-        found: Any = collection.get(ids=new, include=["documents", "metadatas", "embeddings"])
+        found = passages.collection.get(new, include=["documents", "metadatas", "embeddings"])
         if not found["ids"]:
             return
         self.ids += found["ids"]
         self.texts += [text or "" for text in found["documents"]]
         self.metadatas += [metadata or {} for metadata in found["metadatas"]]
-        dense = _cosines(np.asarray(found["embeddings"], np.float32), vector)
+        dense = cosines(np.asarray(found["embeddings"], np.float32), vector)
         self.scores["dense"] = np.concatenate([self.scores["dense"], dense])  # (N,)
         self.fused = np.zeros(len(self.ids), np.float32)  # (N,)
 
@@ -178,141 +134,90 @@ class Candidates:
             [self.metadatas[n] for n in numbers],
             self.fused[order],
             {signal: values[order] for signal, values in self.scores.items()},
+            self.scored,
+            self.uncoded,
         )
 
     def documents(self, *, scores: bool) -> list[Document]:
-        """As documents, with their scores in the metadata or without."""
+        """The documents, with their scores in the metadata or without."""
         named = {"fused": self.fused, **self.scores} if scores else {}
+        added = [
+            {score_key(name): float(v[n]) for name, v in named.items()}
+            for n in range(len(self.ids))
+        ]
+        rows = zip(self.ids, self.texts, self.metadatas, added, strict=True)
         return [
-            Document(
-                text,
-                id=passage,
-                metadata={
-                    **metadata,
-                    **{score_key(name): float(v[n]) for name, v in named.items()},
-                },
-            )
-            for n, (passage, text, metadata) in enumerate(
-                zip(self.ids, self.texts, self.metadatas, strict=True)
-            )
+            Document(text, id=passage, metadata={**metadata, **more})
+            for passage, text, metadata, more in rows
         ]
 
 
-def _query(
-    collection: Collection,
+def find(passages: Passages, model: BGEM3Embeddings, search: Search) -> Candidates:
+    """Find the best passages of a collection.
+
+    Args:
+        passages: Of the collection.
+        model: Encodes the query, and passages without ColBERT codes.
+        search: What is asked for.
+    """
+    lexical = bool(search.weights[1]) and passages.has_weights()
+    colbert = search.colbert and search.weights[2] > 0
+    encoded = model.encode([search.query], lexical=lexical, colbert=colbert, query=True)
+    candidates = by_dense_and_lexical(passages, encoded, search)
+    if colbert and candidates.ids:
+        count = search.colbert_k or (_WITH_CODES if passages.settings.colbert else _COMPUTED)
+        candidates = candidates.best(max(search.k, count))
+        _add_colbert(passages, model, encoded, candidates)
+        candidates.fuse("colbert", search.weights[2], search.fusion)
+    return candidates.best(search.k)
+
+
+def by_dense_and_lexical(passages: Passages, query: M3Encoding, search: Search) -> Candidates:
+    """Candidates of both signals with the scores of both; without lexical output, of the first."""
+    vector: Any = query.dense[0]  # type: ignore[index]
+    # Chroma takes most of a query's time to find what passes the filters: it is asked once.
+    among = passages.ids(**search.filters) if query.lexical and search.filters else None
+    candidates = nearest(passages, vector, search, among)
+    if query.lexical:
+        scores = passages.index.scores(query.lexical[0])
+        candidates.add(passages, scores.ranked(search.count, among), vector)
+        candidates.scores["lexical"] = np.nan_to_num(scores.of(candidates.keys))
+    for signal, weight in zip(("dense", "lexical"), search.weights[:2], strict=True):
+        if signal in candidates.scores:
+            candidates.fuse(signal, weight, search.fusion)
+    return candidates
+
+
+def nearest(
+    passages: Passages,
     vector: NDArray[np.float32],
     search: Search,
-    among: list[str] | None,
-) -> Any:
-    """Chroma's answer about the nearest passages; ids that are known spare it the filters."""
-    query: Any = partial(
-        collection.query,
-        query_embeddings=[vector],  # type: ignore[arg-type]
-        n_results=search.count,
-        include=["documents", "metadatas", "distances"],
+    among: list[str] | None = None,
+) -> Candidates:
+    """The passages with the nearest dense vectors; given all that pass the filters, if known."""
+    if among is not None and len(among) > _MOST_IDS:
+        among = None
+    found = passages.collection.query([vector], search.count, among=among, **search.filters)
+    ids, texts, metadatas, distances = (
+        found[name][0] for name in ("ids", "documents", "metadatas", "distances")
     )
-    if among and len(among) <= _MOST_IDS:
-        with contextlib.suppress(InternalError):  # one of them was deleted meanwhile
-            return query(ids=among)
-    return query(**search.filters)
+    fused = np.zeros(len(ids), np.float32)  # (N,)
+    made = Candidates(ids, texts, [each or {} for each in metadatas], fused)
+    made.scores["dense"] = 1 - np.array(distances, np.float32)  # (N,)
+    return made
 
 
-def colbert_scores(
-    passages: Passages,
-    model: BGEM3Embeddings,
-    query: NDArray[np.float32],
-    keys: Sequence[str],
-    texts: Sequence[str],
-) -> tuple[NDArray[np.float32], int]:
-    """MaxSim of passages, from their codes where the collection has them.
-
-    Args:
-        passages: Of the collection.
-        model: Computes the vectors of those that have no codes.
-        query: ColBERT vectors, `(Q, D)`.
-        keys: Of N passages.
-        texts: Theirs.
-
-    Returns:
-        Scores, `(N,)`, and how many passages had no codes.
-    """
-    codec = passages.codec()
-    codes = passages.codes.read(keys) if codec else {}
-    scores = np.empty(len(keys), np.float32)  # (N,)
-    kept = [row for row, key in enumerate(keys) if key in codes]
-    lacking = [row for row, key in enumerate(keys) if key not in codes]
-    if codec and kept:
-        scores[kept] = codec.maxsim(query, [codes[keys[row]] for row in kept])
-    if lacking:
-        encoding = model.encode([texts[row] for row in lacking], dense=False, colbert=True)
-        scores[lacking] = maxsim_scores(query, encoding.colbert or [])
-    return scores, len(lacking)
-
-
-def stored_vectors(
-    passages: Passages, ids: Sequence[str], texts: Sequence[str]
-) -> dict[str, NDArray[np.float32]]:
-    """ColBERT vectors of passages as their codes have them.
-
-    Args:
-        passages: Of the collection.
-        ids: Of N passages.
-        texts: Theirs.
-
-    Returns:
-        By id, `(T, D)`; nothing of passages without codes, or where tokens share vectors.
-    """
-    codec = passages.codec()
-    if codec is None or codec.pooling > 1:
-        return {}
-    codes = passages.codes.read(list(map(key_of, ids, texts)))
-    return {passage_of(key): codec.decompress(code) for key, code in codes.items()}
-
-
-def stored_scores(
-    passages: Passages, query: M3Encoding, ids: Sequence[str], texts: Sequence[str]
-) -> tuple[list[int], dict[str, NDArray[np.float32]]]:
-    """Scores of passages from what a collection keeps of them.
-
-    Args:
-        passages: Of the collection.
-        query: One text, with the outputs to score by.
-        ids: Of N passages.
-        texts: Theirs.
-
-    Returns:
-        Rows of the M passages that are stored with these texts and all outputs, and their scores
-        by signal, `(M,)` each.
-    """
-    found: Any = passages.collection.get(ids=list(ids), include=["documents", "embeddings"])
-    vectors = dict(zip(found["ids"], found["embeddings"], strict=True))
-    stored = dict(zip(found["ids"], found["documents"], strict=True))
-    rows = {key_of(p, texts[row]): row for row, p in enumerate(ids) if stored.get(p) == texts[row]}
-    needed: list[LexicalWeights | ColbertCodes] = [
-        *[passages.weights] * (query.lexical is not None),
-        *[passages.codes] * (query.colbert is not None),
-    ]
-    for companion in needed:
-        present = companion.present(list(rows))
-        rows = {key: row for key, row in rows.items() if key in present}
-    keys = list(rows)
-    if not keys:
-        return [], {}
-    scores = {}
-    if query.dense is not None:
-        chosen = np.array([vectors[passage_of(key)] for key in keys])  # (M, D)
-        scores["dense"] = _cosines(chosen, query.dense[0])
-    if query.lexical is not None:
-        scores["lexical"] = passages.weights.scores(query.lexical[0]).of(keys)
-    codec = passages.codec()
-    if query.colbert is not None and codec:
-        codes = passages.codes.read(keys)
-        scores["colbert"] = codec.maxsim(query.colbert[0], [codes[key] for key in keys])
-    return list(rows.values()), scores
-
-
-def _cosines(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cosines of `(N, D)` vectors and a `(D,)` one, `(N,)`; 0 where one has no length."""
-    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)  # (N,)
-    cosines: NDArray[np.float32] = dense_scores(query, vectors) / np.maximum(norms, _SMALLEST)
-    return cosines  # (N,)
+def _add_colbert(
+    passages: Passages, model: BGEM3Embeddings, query: M3Encoding, candidates: Candidates
+) -> None:
+    """Score candidates by MaxSim: from their codes, else from vectors computed now."""
+    alone = type(query)(None, None, query.colbert, query.token_counts, query.truncated)
+    scores = passages.scores(alone, candidates.keys)["colbert"]  # (N,)
+    lacking = np.flatnonzero(np.isnan(scores))
+    if len(lacking):
+        texts = [candidates.texts[row] for row in lacking]
+        encoding = model.encode(texts, dense=False, colbert=True)
+        scores[lacking] = maxsim_scores(query.colbert[0], encoding.colbert or [])  # type: ignore[index]
+    candidates.scored = len(scores)
+    candidates.uncoded = len(lacking) if passages.settings.colbert else 0
+    candidates.scores["colbert"] = scores

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import uuid
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from chromadb.errors import NotFoundError
 from langchain_chroma import Chroma
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.utils.iter import batch_iterate
 
-from langchain_bge_dense.chroma.collection import (
-    Identity,
+from langchain_bge_dense.chroma.passages import Passages
+from langchain_bge_dense.chroma.records import Record, check_id, checked_metadata, record
+from langchain_bge_dense.chroma.session import GuardedCollection, connect
+from langchain_bge_dense.chroma.settings import (
+    CollectionSettings,
+    Wanted,
     claim,
     cosine_configuration,
     require_cosine,
 )
-from langchain_bge_dense.chroma.connection import Connection, without_telemetry
-from langchain_bge_dense.chroma.passages import Kept, Passages, Readable
-from langchain_bge_dense.chroma.records import Record, checked_metadata, record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    import os
     from types import TracebackType
 
     from chromadb.api import ClientAPI
@@ -33,17 +32,18 @@ if TYPE_CHECKING:
 
     from langchain_bge_dense._codes import Kind
 
-_BATCH = 1_000  # documents written at once: a server takes requests of 40 MiB
+_BATCH = 1_000  # documents embedded and written at once
 _NAME = re.compile(r"(?!.*\.\.)[a-zA-Z0-9][a-zA-Z0-9._-]{1,510}[a-zA-Z0-9]")
-_CLIENT_OPTIONS = (
+_PLACE = (
     "client_settings",
     "host",
     "port",
     "ssl",
     "headers",
     "chroma_cloud_api_key",
+    "tenant",
+    "database",
 )
-_NAMES = ("tenant", "database")
 _PLACES = ("persist_directory", "client", "host", "chroma_cloud_api_key")
 
 
@@ -63,12 +63,6 @@ class BGEM3Chroma(Chroma):
         colbert: As in `open_chroma`.
         colbert_pooling: As in `open_chroma`.
         chroma_options: As in `open_chroma`.
-
-    Example:
-        >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-        >>> with open_chroma(DeterministicFakeEmbedding(size=8), "notes") as store:
-        ...     store.add_texts(["a note"], ids=["1"])
-        ['1']
     """
 
     def __init__(  # noqa: PLR0913 - those of `open_chroma`
@@ -86,56 +80,35 @@ class BGEM3Chroma(Chroma):
         embeddings = _checked(embedding_function, collection_name)
         options = {key: value for key, value in chroma_options.items() if value is not None}
         _check_places(persist_directory=persist_directory, client=client, **options)
-        kept = Kept.of(lexical, colbert, colbert_pooling)
-        kept.check(embeddings)
-        identity = Identity.of(embeddings)
+        wanted = Wanted.of(lexical, colbert, colbert_pooling)
+        wanted.check(embeddings)
+        own = CollectionSettings.of(embeddings)
         given = options.pop("collection_metadata", {})
         require_cosine(given.get("hnsw:space", "cosine"), "collection_metadata")
         options |= {
-            "collection_metadata": {**given, **identity.metadata(), **kept.metadata()},
+            "collection_metadata": {**given, **wanted.added_to(own, collection_name).metadata()},
             "collection_configuration": cosine_configuration(
                 options.pop("collection_configuration", None)
             ),
             "relevance_score_fn": options.get("relevance_score_fn", _relevance),
         }
-        connection = self._connected(persist_directory, client, options)
-        with connection.exclusive():
-            collection: Any = connection.collection(collection_name)
-            super().__init__(collection_name, embeddings, client=connection.client, **options)
-            if collection is None:  # a new one
-                collection = connection.collection(collection_name)
-            claim(collection, embeddings, identity)
-            self._passages = Passages(connection, collection, embeddings)
-            connection.seen()
-        self._passages.keep(kept)
-
-    def _connected(
-        self,
-        folder: str | os.PathLike[str] | None,
-        client: ClientAPI | None,
-        options: dict[str, Any],
-    ) -> Connection:
-        """A connection; options that say where the data is are taken out."""
-        if client is not None:
-            return Connection.of(client)
-        places = {key: options.pop(key) for key in (*_CLIENT_OPTIONS, *_NAMES) if key in options}
-        if not {"client_settings", "host", "chroma_cloud_api_key"} & places.keys():
-            names = {key: str(places[key]) for key in _NAMES if key in places}
-            return Connection.local(folder, names)
-        places.setdefault("client_settings", without_telemetry())
-        with contextlib.suppress(NotFoundError):  # all that is wanted of langchain-chroma here is
-            super().__init__(  # the client
-                persist_directory=os.fspath(folder) if folder else None,
-                create_collection_if_not_exists=False,
-                **places,
-            )
-        return Connection.of(self._client)
+        place = {key: options.pop(key) for key in _PLACE if key in options}
+        session = connect(persist_directory, client, place)
+        guarded = GuardedCollection(session, collection_name)
+        with session.exclusive():
+            guarded.find()  # puts a copy in place that a killed compaction has completed
+            super().__init__(collection_name, embeddings, client=session.client, **options)
+            claim(guarded, embeddings, own)
+            self.passages = Passages(guarded, embeddings)
+            """The passages of the collection, for the other parts of this package."""
+        del self.__dict__["client"]  # the session's is replaced when the folder is opened again
+        self.passages.keep(wanted)
 
     @property
     def _client(self) -> ClientAPI:
         """The client, which is replaced when the folder is opened again."""
-        passages = self.__dict__.get("_passages")
-        client: ClientAPI = passages.connection.client if passages else self.__dict__["client"]
+        passages = self.__dict__.get("passages")
+        client: ClientAPI = passages.session.client if passages else self.__dict__["client"]
         return client
 
     @_client.setter
@@ -144,31 +117,18 @@ class BGEM3Chroma(Chroma):
 
     @property
     def _collection(self) -> Any:
-        """The collection, as it is in Chroma now."""
-        if self._chroma_collection is None:
-            return super()._collection
-        return Readable(self._passages)
+        """The guarded collection, for LangChain's methods."""
+        return super()._collection if self._chroma_collection is None else self.passages.collection
 
     @property
     def lexical(self) -> bool:
-        """Whether the collection has lexical weights, for `BGEM3Retriever`.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").lexical
-            False
-        """
-        return self._passages.lexical
+        """Whether the collection has lexical weights, for `BGEM3Retriever`."""
+        return self.passages.settings.lexical
 
     @property
     def colbert(self) -> Kind | None:
-        """Kind of the collection's ColBERT codes, for `BGEM3Retriever`; None: it has none.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").colbert
-        """
-        return self._passages.colbert
+        """Kind of the collection's ColBERT codes, for `BGEM3Retriever`; None: it has none."""
+        return self.passages.settings.colbert
 
     @property
     def uid(self) -> str:
@@ -184,8 +144,7 @@ class BGEM3Chroma(Chroma):
             >>> store.uid == before
             True
         """
-        uid: str = self._passages.uid
-        return uid
+        return self.passages.settings.uid
 
     def add_texts(
         self,
@@ -209,25 +168,34 @@ class BGEM3Chroma(Chroma):
             TypeError: An item is not a text, or has metadata of a type that Chroma cannot store.
             ValueError: A text or its metadata cannot be stored.
             FloatingPointError: A vector is not finite.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
-            >>> store.add_texts(["one", "two"], ids=["a", "b"])
-            ['a', 'b']
         """
-        texts = list(texts)
-        given = [*(metadatas or []), *({} for _ in texts)]
-        own: list[Any] = list(ids) if ids is not None else [None] * len(texts)
-        named = [passage or str(uuid.uuid4()) for passage in own]
+        columns = _columns(texts, metadatas, ids)
         records = [
-            record(Document.model_construct(page_content=text, metadata=meta or {}, id=name), place)
-            for place, (text, meta, name) in enumerate(
-                zip(texts, given[: len(texts)], named, strict=True)
-            )
+            record(Document.model_construct(page_content=text, metadata=meta, id=name), place)
+            for place, (text, meta, name) in enumerate(columns)
         ]
         self._write({r.id: r for r in records}.values(), stored=ids is not None)
-        return named
+        return [r.id for r in records]
+
+    def add_images(self, *_: object, **__: object) -> NoReturn:
+        """Refuse images, which no text embeddings can embed."""
+        msg = "A store of open_chroma holds texts. Add images to a plain langchain_chroma.Chroma."
+        raise NotImplementedError(msg)
+
+    def fork(self, *_: object, **__: object) -> NoReturn:
+        """Refuse a copy by Chroma, which would share the signals of this store's passages."""
+        msg = "Chroma's copy would share signals with this store. Index into another collection."
+        raise NotImplementedError(msg)
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], *args: Any, **kwargs: Any) -> Self:
+        """Open a store and add texts of any iterable to it; see `open_chroma` and `add_texts`."""
+        return super().from_texts(list(_checked_texts(texts)), *args, **kwargs)  # type: ignore[return-value]
+
+    @classmethod
+    def from_documents(cls, documents: Iterable[Document], *args: Any, **kwargs: Any) -> Self:
+        """Open a store and add documents of any iterable to it; see `open_chroma`."""
+        return super().from_documents(list(documents), *args, **kwargs)  # type: ignore[return-value]
 
     def update_documents(self, ids: list[str], documents: list[Document]) -> None:
         """Embed documents in the place of those with these ids; ids that are not stored are left.
@@ -235,31 +203,23 @@ class BGEM3Chroma(Chroma):
         Args:
             ids: Ids of stored documents.
             documents: The new ones. Metadata keys that they lack stay as they are.
-
-        Example:
-            >>> from langchain_core.documents import Document
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
-            >>> _ = store.add_texts(["one"], ids=["a"])
-            >>> store.update_documents(["a"], [Document("two")])
-            >>> store.get_by_ids(["a"])[0].page_content
-            'two'
         """
-        self._passages.connection.acquire_writer()
-        stored = self._passages.stored(ids)
-        records = [
-            record(document.model_copy(update={"id": passage}), place)._replace(
+        _check_lengths("documents", documents, "ids", ids)
+        self.passages.session.acquire_writer()
+        stored = self.passages.stored([check_id(each, n) for n, each in enumerate(ids)])
+        records = {
+            passage: record(document.model_copy(update={"id": passage}), place)._replace(
                 metadata=checked_metadata({**stored[passage][1], **document.metadata}, place)
             )
             for place, (passage, document) in enumerate(zip(ids, documents, strict=True))
             if passage in stored
-        ]
-        self._write(records, stored=True)
+        }
+        self._write(records.values(), stored=True)
 
     def _write(self, records: Iterable[Record], *, stored: bool) -> None:
-        passages = self._passages
-        passages.connection.acquire_writer()
-        for batch in batch_iterate(min(_BATCH, passages.batch_size()), records):
+        passages = self.passages
+        passages.session.acquire_writer()
+        for batch in batch_iterate(min(_BATCH, passages.session.batch_size), records):
             former = passages.stored([r.id for r in batch]) if stored else {}
             passages.write(batch, passages.encode([r.text for r in batch]), former)
 
@@ -272,57 +232,30 @@ class BGEM3Chroma(Chroma):
 
         Raises:
             ValueError: Nothing says which documents.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
-            >>> _ = store.add_texts(["one", "two"], ids=["a", "b"])
-            >>> store.delete(["a"])
-            >>> store.get()["ids"]
-            ['b']
         """
         which = {key: value for key, value in {"ids": ids, **kwargs}.items() if value is not None}
-        if not which:
+        if not any(value or key == "ids" for key, value in which.items()):
             msg = "Nothing says what to delete. Pass ids, where or where_document."
             raise ValueError(msg)
         if which.get("ids") != []:
-            self._passages.connection.acquire_writer()
-            self._passages.delete(**which)
+            self.passages.session.acquire_writer()
+            self.passages.delete(**which)
 
     def delete_collection(self) -> None:
-        """Delete the collection and all that belongs to its passages.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").delete_collection()
-        """
-        self._passages.connection.acquire_writer()
-        self._passages.drop()
+        """Delete the collection and all that belongs to its passages."""
+        self.passages.session.acquire_writer()
+        self.passages.drop()
         self._chroma_collection = None
 
     def reset_collection(self) -> None:
-        """Delete the collection and begin an empty one, which keeps what this one kept.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").reset_collection()
-        """
-        kept = self._passages.kept_metadata()
-        self._collection_metadata = {**(self._collection_metadata or {}), **kept}
+        """Delete the collection and begin an empty one, which keeps what this one kept."""
+        settings = self.passages.settings.renewed()
+        self._collection_metadata = {**(self._collection_metadata or {}), **settings.metadata()}
         super().reset_collection()
-        self._passages.restart(self._chroma_collection)  # type: ignore[arg-type]
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
-        """Stored documents by their ids; those that are not stored are left out.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> store = open_chroma(DeterministicFakeEmbedding(size=8), "notes")
-            >>> _ = store.add_texts(["one"], ids=["a"])
-            >>> store.get_by_ids(["a", "b"])
-            [Document(id='a', metadata={}, page_content='one')]
-        """
-        stored = self._passages.stored(ids)
+        """Stored documents by their ids; those that are not stored are left out."""
+        stored = self.passages.stored(list(ids))
         return [
             Document(page_content=text, metadata=dict(metadata), id=passage)
             for passage, (text, metadata) in stored.items()
@@ -344,18 +277,14 @@ class BGEM3Chroma(Chroma):
             ...     store.add_missing()
             1
         """
-        return self._passages.add_missing()
+        return self.passages.add_missing()
 
     def close(self) -> None:
         """Free Chroma's memory and files, and let other processes write to the folder.
 
         A client that was passed to `open_chroma` stays open.
-
-        Example:
-            >>> from langchain_core.embeddings import DeterministicFakeEmbedding
-            >>> open_chroma(DeterministicFakeEmbedding(size=8), "notes").close()
         """
-        self._passages.connection.close()
+        self.passages.session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -392,14 +321,8 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
     with the process. To share a collection in memory, pass one `chromadb.EphemeralClient()` as
     `client` each time.
 
-    Any number of processes may search a folder that one process writes. What it commits is seen by
-    the next query, and while it goes on after a second, or five times what opening the folder
-    takes if that is longer. The first process that writes keeps others from writing until it closes
-    its store or ends; to let several write, use a server.
-
-    A process can be killed at any moment, and the disk can be full: what was stored stays, and the
-    next process that opens the folder restores what was being written. A power cut can also lose
-    what a call of `index_documents` that has not returned was writing.
+    One process may write to a folder, and any number search it; a server lets several write. What a
+    kill, a full disk, a fork and a server that goes away do is in docs/chroma.md.
 
     Args:
         embeddings: Any LangChain embeddings.
@@ -447,6 +370,49 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
 def _relevance(distance: float) -> float:
     """Cosine of a cosine distance, which rounding can put a hair outside 0..1."""
     return min(1.0, max(0.0, 1.0 - distance))
+
+
+def _columns(
+    texts: Iterable[str], metadatas: object, ids: object
+) -> Iterable[tuple[str, dict[str, Any], str]]:
+    """Texts with their metadata and ids, checked."""
+    texts = list(_checked_texts(texts))
+    if isinstance(metadatas, (str, Mapping)) or isinstance(ids, str):
+        msg = (
+            "metadatas and ids are lists with an item for each text. Put a single one into a list."
+        )
+        raise TypeError(msg)
+    given: list[Any] = list(metadatas or ())  # type: ignore[call-overload]
+    named: list[Any] = [None] * len(texts) if ids is None else list(ids)  # type: ignore[call-overload]
+    if len(given) > len(texts):
+        _check_lengths("metadatas", given, "texts", texts)
+    _check_lengths("ids", named, "texts", texts)
+    for place, (text, name) in enumerate(zip(texts, named, strict=True)):
+        if not isinstance(text, str):
+            msg = (
+                f"Text {place} is {type(text).__name__}, not str. "
+                "Convert it first, or drop it from the list."
+            )
+            raise TypeError(msg)
+        named[place] = str(uuid.uuid4()) if name is None else check_id(name, place)
+    given += [None] * (len(texts) - len(given))
+    return zip(texts, [each or {} for each in given], named, strict=True)
+
+
+def _checked_texts(texts: object) -> Iterable[str]:
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        msg = f"The texts are one {type(texts).__name__}. Pass a list of texts: [text]."
+        raise TypeError(msg)
+    return texts
+
+
+def _check_lengths(one: str, ones: Sequence[Any], other: str, others: Sequence[Any]) -> None:
+    if len(ones) != len(others):
+        msg = (
+            f"There are {len(ones):,} {one} for {len(others):,} {other}. "
+            "Pass one for each, in the same order."
+        )
+        raise ValueError(msg)
 
 
 def _check_places(**options: Any) -> None:

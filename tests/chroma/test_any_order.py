@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import tempfile
+import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,12 +21,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, index
+from tenacity import wait_fixed
 
-from langchain_bge_dense import BGEM3Retriever
+from langchain_bge_dense import BGEM3Reranker, BGEM3Retriever
 from langchain_bge_dense._scoring import maxsim_scores
 from langchain_bge_dense.chroma import compact, hnsw, index_documents, open_chroma
-from langchain_bge_dense.chroma.colbert import CodesInFolder
-from langchain_bge_dense.chroma.connection import Connection
+from langchain_bge_dense.chroma.folder import Folder
+from langchain_bge_dense.chroma.session import RETRYING
+from langchain_bge_dense.chroma.signals import FolderSignals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,10 +44,10 @@ STEPS = [
     (Client, "create_collection"),
     (Client, "delete_collection"),
     (Collection, "modify"),
-    (Connection, "write"),
-    (CodesInFolder, "_write"),
-    (CodesInFolder, "remove"),
-    (CodesInFolder, "compact"),
+    (Folder, "write"),
+    (FolderSignals, "put"),
+    (FolderSignals, "delete"),
+    (FolderSignals, "keep_only"),
     (hnsw, "back_up"),
     (hnsw, "drop_backup"),
 ]
@@ -76,6 +79,8 @@ class AnyOrder(RuleBasedStateMachine):
     embeddings: ClassVar[BGEM3Embeddings]
     place: ClassVar[dict[str, Any]] = {}
     lexical: ClassVar[bool] = True
+    server: ClassVar[ChromaServer | None] = None
+    away = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,6 +111,13 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(documents=DOCUMENTS)
     def add(self, documents: dict[str, str]) -> None:
+        self.store.add_texts(list(documents.values()), ids=list(documents))
+        self.model |= documents
+
+    @rule(text=TEXTS, count=st.integers(15, 25))
+    def add_repeated(self, text: str, count: int) -> None:
+        """More equal passages than an element of Chroma's graph has neighbours by itself."""
+        documents = dict.fromkeys((f"repeated {number}" for number in range(count)), text)
         self.store.add_texts(list(documents.values()), ids=list(documents))
         self.model |= documents
 
@@ -148,6 +160,25 @@ class AnyOrder(RuleBasedStateMachine):
     def open_again(self) -> None:
         self.store.close()
         self.store = self.opened()
+
+    @precondition(lambda self: self.folder)
+    @rule()
+    def folder_is_removed(self) -> None:
+        shutil.rmtree(self.folder)
+        self.store = self.opened()
+        self.model, self.indexed = {}, set()
+        self.records = InMemoryRecordManager("any")
+        self.records.create_schema()
+
+    @precondition(lambda self: self.server and self.away < 2)
+    @rule(query=TEXTS)
+    def server_goes_away_and_comes_back(self, query: str) -> None:
+        self.away += 1
+        self.server.stop()
+        starting = threading.Timer(0.2, self.server.start)
+        starting.start()
+        self.search(query)
+        starting.join()
 
     @precondition(lambda self: self.folder)
     @rule(documents=DOCUMENTS, step=st.integers(0, 12))
@@ -212,6 +243,14 @@ class AnyOrder(RuleBasedStateMachine):
         assert {
             k: pytest.approx(m["bge_m3_lexical_score"], abs=1e-3) for k, m in found.items()
         } == lexical
+        documents = [Document(text, id=passage) for passage, text in self.model.items()]
+        reranker = BGEM3Reranker(vectorstore=self.store, weights=(1, 1, 0))
+        ranked = {d.id: d.metadata for d in reranker.compress_documents(documents, query)}
+        for signal, scores in (("dense", dense), ("lexical", lexical)):
+            given = {
+                k: pytest.approx(m[f"bge_m3_{signal}_score"], abs=1e-3) for k, m in ranked.items()
+            }
+            assert given == scores
         by_words = BGEM3Retriever(vectorstore=self.store, k=3, weights=(0, 1, 0), scores=True)
         ranked = [d.metadata["bge_m3_lexical_score"] for d in by_words.invoke(query)]
         best = sorted(lexical.values(), reverse=True)[:3]
@@ -251,8 +290,9 @@ def test_local(tiny, lexical, examples):
 
 
 @pytest.mark.parametrize(("lexical", "examples"), [(True, 6), (False, 3)])
-def test_on_a_server(tiny, tmp_path, lexical, examples):
+def test_on_a_server(tiny, tmp_path, monkeypatch, lexical, examples):
+    monkeypatch.setattr(RETRYING, "wait", wait_fixed(0.1))
     with ChromaServer(tmp_path / "server") as server:
         place = {"host": server.host, "port": server.port}
-        fields = {"embeddings": tiny, "place": place, "lexical": lexical}
+        fields = {"embeddings": tiny, "place": place, "lexical": lexical, "server": server}
         run(type("Server", (AnyOrder,), fields), examples)

@@ -16,6 +16,7 @@ import pytest
 from chroma_server import ChromaServer
 from chromadb.api.models.Collection import Collection
 from hashed_embeddings import HashedEmbeddings
+from inside import coded, index_of, keep, plain, settings_of
 from langchain_core.documents import Document
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Reranker, BGEM3Retriever
@@ -27,16 +28,14 @@ from langchain_bge_dense.chroma import (
     index_documents,
     index_vectors,
     open_chroma,
+    signals,
 )
-from langchain_bge_dense.chroma import colbert as colbert_module
-from langchain_bge_dense.chroma.colbert import _SCHEMA
-from langchain_bge_dense.chroma.companions import Encoded, key_of, passage_of
+from langchain_bge_dense.chroma.records import key_of
+from langchain_bge_dense.chroma.signals import _SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-    from langchain_bge_dense.chroma.passages import Passages
 
 QUERY = "where is part ZB-2204 kept"
 TEXTS = [
@@ -76,11 +75,6 @@ def opened(
     return open_
 
 
-def kept(store: BGEM3Chroma, texts: dict[str, str]) -> set[str]:
-    passages: Passages = store._passages
-    return set(map(passage_of, passages.codes.present(list(map(key_of, texts, texts.values())))))
-
-
 def colbert(store: BGEM3Chroma, **options: Any) -> dict[str, float]:
     retriever = BGEM3Retriever(vectorstore=store, k=50, scores=True, **options)
     return {d.id: d.metadata["bge_m3_colbert_score"] for d in retriever.invoke(QUERY)}
@@ -92,7 +86,7 @@ def exact(tiny: BGEM3Embeddings, texts: list[str]) -> np.ndarray:
 
 
 def from_codes(store: BGEM3Chroma, tiny: BGEM3Embeddings, texts: list[str]) -> np.ndarray:
-    codec = store._passages.codec()
+    codec = settings_of(store).codec()
     codes = [codec.compress(vectors) for vectors in tiny.encode(texts, colbert=True).colbert]
     return codec.maxsim(tiny.encode([QUERY], colbert=True).colbert[0], codes)
 
@@ -102,21 +96,21 @@ def test_every_change_keeps_them_in_step(opened: Open) -> None:
     texts = dict(zip(IDS, TEXTS, strict=True))
     store.add_texts(TEXTS[:2], ids=IDS[:2])
     index_documents(store, [Document(texts[i], id=i) for i in IDS])
-    assert kept(store, texts) == {*IDS}
+    assert coded(store, texts) == {*IDS}
     store.update_documents(["a"], [Document("another text")])
-    assert kept(store, texts) == {"b", "c", "d"}
-    assert kept(store, {"a": "another text"}) == {"a"}
+    assert coded(store, texts) == {"b", "c", "d"}
+    assert coded(store, {"a": "another text"}) == {"a"}
     store.delete(["b", "c"])
-    assert kept(store, texts) == {"d"}
+    assert coded(store, texts) == {"d"}
     assert compact(store).passages == 2
-    assert kept(store, {**texts, "a": "another text"}) == {"a", "d"}
+    assert coded(store, {**texts, "a": "another text"}) == {"a", "d"}
     store.reset_collection()
-    assert (store.colbert, kept(store, texts)) == ("1bit", set())
+    assert (store.colbert, coded(store, texts)) == ("1bit", set())
     store.add_texts(TEXTS, ids=IDS)
-    assert kept(store, texts) == {*IDS}
-    passages = store._passages
+    assert coded(store, texts) == {*IDS}
+    table = store.passages.signals
     store.delete_collection()
-    assert passages.codes.present(KEYS) == set()
+    assert table.codes(KEYS) == {}
     store.close()
 
 
@@ -143,10 +137,9 @@ def test_a_passage_keeps_what_belongs_to_it_until_it_is_replaced(
             assert (former.id, former.page_content) == (now.id, now.page_content)
             assert former.metadata == pytest.approx(now.metadata, abs=1e-5)
     store.add_texts(TEXTS[::-1], ids=IDS)
-    assert kept(store, dict(zip(IDS, TEXTS, strict=True))) == set()
-    assert kept(store, dict(zip(IDS, TEXTS[::-1], strict=True))) == {*IDS}
-    store._passages.weights.sync()
-    assert len(store._passages.weights) == len(IDS)
+    assert coded(store, dict(zip(IDS, TEXTS, strict=True))) == set()
+    assert coded(store, dict(zip(IDS, TEXTS[::-1], strict=True))) == {*IDS}
+    assert len(index_of(store)) == len(IDS)
     store.close()
 
 
@@ -203,8 +196,8 @@ def test_what_lacks_them_is_computed_once_and_can_be_completed(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert colbert(store).keys() == {*IDS}
-    assert kept(store, dict(zip(IDS, TEXTS, strict=True))) == {*IDS}
-    assert len(store._passages.weights) == 4
+    assert coded(store, dict(zip(IDS, TEXTS, strict=True))) == {*IDS}
+    assert len(index_of(store)) == 4
     store.close()
 
 
@@ -214,7 +207,7 @@ def test_a_text_that_was_changed_behind_the_store_is_computed(
     store = open_chroma(tiny, "notes", persist_directory=tmp_path, colbert=True)
     store.add_texts(TEXTS, ids=IDS)
     changed = {"documents": ["not a word of it"], "embeddings": [tiny.embed_query("word")]}
-    store._collection.update(ids=["a"], **changed)
+    plain(store).update(ids=["a"], **changed)
     with pytest.warns(UserWarning, match="1 of 4 passages"):
         found = colbert(store, weights=(1, 0, 1))
     texts = ["not a word of it", *TEXTS[1:]]
@@ -249,7 +242,7 @@ class TestWhatTheCollectionKeeps:
     def test_it_is_decided_once(self, opened: Open) -> None:
         with opened(colbert="2bit", colbert_pooling=2) as store:
             assert store.colbert == "2bit"
-            assert store._passages.metadata["colbert_pooling"] == 2
+            assert settings_of(store).pooling == 2
             store.add_texts(TEXTS)
 
     def test_it_is_followed_and_not_changed(self, tiny: BGEM3Embeddings, tmp_path: Path) -> None:
@@ -258,11 +251,11 @@ class TestWhatTheCollectionKeeps:
         with open_chroma(tiny, "notes", **place) as store:
             assert (store.colbert, store.lexical) == ("2bit", True)
             store.add_texts(TEXTS, ids=IDS)
-            assert kept(store, dict(zip(IDS, TEXTS, strict=True))) == {*IDS}
+            assert coded(store, dict(zip(IDS, TEXTS, strict=True))) == {*IDS}
         for options in ({"colbert": True}, {"colbert": "2bit", "colbert_pooling": 2}):
             with pytest.raises(ValueError, match=r"'notes' has .*'2bit' ColBERT codes"):
                 open_chroma(tiny, "notes", **options, **place)
-        with pytest.raises(ValueError, match="colbert=False with"):
+        with pytest.raises(ValueError, match="colbert=False was asked"):
             open_chroma(tiny, "notes", colbert=False, **place)
         assert open_chroma(tiny, "notes", colbert="2bit", **place).colbert == "2bit"
 
@@ -274,7 +267,7 @@ class TestWhatTheCollectionKeeps:
             assert index_documents(
                 store, [Document(t, id=i) for i, t in zip(IDS, TEXTS, strict=True)]
             ).added == len(TEXTS)
-            assert kept(store, dict(zip(IDS, TEXTS, strict=True))) == {*IDS}
+            assert coded(store, dict(zip(IDS, TEXTS, strict=True))) == {*IDS}
 
     @pytest.mark.parametrize(
         "options",
@@ -306,7 +299,7 @@ class TestWhatTheCollectionKeeps:
         cached = CacheBackedEmbeddings(tiny, InMemoryByteStore())
         store = open_chroma(cached, colbert=True)
         store.add_texts(TEXTS, ids=IDS)
-        assert kept(store, dict(zip(IDS, TEXTS, strict=True))) == {*IDS}
+        assert coded(store, dict(zip(IDS, TEXTS, strict=True))) == {*IDS}
 
 
 def test_vectors_computed_elsewhere_bring_their_codes(tiny: BGEM3Embeddings, opened: Open) -> None:
@@ -317,7 +310,7 @@ def test_vectors_computed_elsewhere_bring_their_codes(tiny: BGEM3Embeddings, ope
     with opened(colbert=True) as store:
         rows = zip(documents, encoding.dense, codes, strict=True)
         assert index_vectors(store, rows, fingerprint=tiny.fingerprint, batch_size=3).added == 4
-        assert store._passages.codes.read(KEYS) == dict(zip(KEYS, codes, strict=True))
+        assert store.passages.signals.codes(KEYS) == dict(zip(KEYS, codes, strict=True))
         wrong = Codec.of(tiny, "2bit").compress(encoding.colbert[0])
         with pytest.raises(ValueError, match="are not of '1bit'"):
             index_vectors(
@@ -337,7 +330,7 @@ def test_codes_that_are_there_are_not_computed_again(tiny: BGEM3Embeddings, open
         index_vectors(store, rows, fingerprint=tiny.fingerprint)
         assert store.add_missing() == 4
         assert store.add_missing() == 0
-        assert store._passages.codes.read(KEYS) == dict(zip(KEYS, codes, strict=True))
+        assert store.passages.signals.codes(KEYS) == dict(zip(KEYS, codes, strict=True))
 
 
 def test_in_a_folder_they_take_what_their_bits_take(tiny: BGEM3Embeddings, tmp_path: Path) -> None:
@@ -346,10 +339,10 @@ def test_in_a_folder_they_take_what_their_bits_take(tiny: BGEM3Embeddings, tmp_p
     rng = np.random.default_rng(0)
     codes = [wide.compress(rng.standard_normal((200, 1_024)).astype(np.float32)) for _ in range(64)]
     keys = [key_of(f"{n:064}", "text") for n in range(64)]
-    store._passages.codes.add(keys, Encoded(np.empty((64, 0), np.float32), colbert=codes))
-    [file] = tmp_path.glob("*.colbert.sqlite3")
+    keep(store, keys, codes=codes)
+    [file] = tmp_path.glob("*.signals.sqlite3")
     assert file.stat().st_size / 64 <= 27_000
-    assert store._passages.codes.read(keys) == dict(zip(keys, codes, strict=True))
+    assert store.passages.signals.codes(keys) == dict(zip(keys, codes, strict=True))
 
 
 def test_nothing_of_a_deleted_passage_is_left_in_any_file(
@@ -357,9 +350,9 @@ def test_nothing_of_a_deleted_passage_is_left_in_any_file(
 ) -> None:
     store = open_chroma(tiny, "notes", persist_directory=tmp_path, colbert="int8")
     index_documents(store, [Document(f"{TEXTS[0]} {n}", id=str(n)) for n in range(40)])
-    [file] = tmp_path.glob("*.colbert.sqlite3")
+    [file] = tmp_path.glob("*.signals.sqlite3")
     size = file.stat().st_size
-    [codes] = store._passages.codes.read([key_of("7", f"{TEXTS[0]} 7")]).values()
+    [codes] = store.passages.signals.codes([key_of("7", f"{TEXTS[0]} 7")]).values()
     probe = codes[-64:]
     assert probe in file.read_bytes()
     store.delete([str(n) for n in range(30)])
@@ -367,7 +360,7 @@ def test_nothing_of_a_deleted_passage_is_left_in_any_file(
     assert file.stat().st_size < size / 2
     assert all(probe not in each.read_bytes() for each in tmp_path.rglob("*") if each.is_file())
     store.delete_collection()
-    assert not list(tmp_path.glob("*.colbert.sqlite3*"))
+    assert not list(tmp_path.glob("*.signals.sqlite3*"))
 
 
 INDEXING = """
@@ -404,10 +397,10 @@ def test_killed_while_codes_are_written(
     texts = {str(n): f"part {n} of {n % 7}" for n in range(1_200)}
     store = open_chroma(tiny, "notes", persist_directory=tmp_path)
     assert len(store.get()["ids"]) == len(texts)
-    assert kept(store, texts) == texts.keys()
-    codec, some = store._passages.codec(), [str(n) for n in range(0, 1_200, 101)]
+    assert coded(store, texts) == texts.keys()
+    codec, some = settings_of(store).codec(), [str(n) for n in range(0, 1_200, 101)]
     keys = [key_of(i, texts[i]) for i in some]
-    codes = store._passages.codes.read(keys)
+    codes = store.passages.signals.codes(keys)
     encoding = tiny.encode([texts[i] for i in some], dense=False, colbert=True)
     for key, vectors in zip(keys, encoding.colbert, strict=True):
         np.testing.assert_allclose(codec.decompress(codes[key]), vectors, atol=0.01)
@@ -419,17 +412,17 @@ def test_a_full_disk_stores_neither_codes_nor_passages(
     store = open_chroma(tiny, "notes", persist_directory=tmp_path, colbert=True)
     documents = [Document(f"part {n} " * 20, id=str(n)) for n in range(200)]
     with monkeypatch.context() as patch:
-        patch.setattr(colbert_module, "_SCHEMA", f"{_SCHEMA} PRAGMA max_page_count = 24;")
+        patch.setattr(signals, "_SCHEMA", f"{_SCHEMA} PRAGMA max_page_count = 24;")
         with pytest.raises(OSError, match=r"Could not read or write .* full.*Make room"):
             index_documents(store, documents, batch_size=20)
     stored = store.get()
     assert 0 < len(stored["ids"]) < 200
-    assert kept(store, dict(zip(stored["ids"], stored["documents"], strict=True))) == {
+    assert coded(store, dict(zip(stored["ids"], stored["documents"], strict=True))) == {
         *stored["ids"]
     }
     done = index_documents(store, documents, batch_size=20)
     assert (done.added, done.skipped) == (200 - len(stored["ids"]), len(stored["ids"]))
-    assert kept(store, {d.id: d.page_content for d in documents}) == {d.id for d in documents}
+    assert coded(store, {d.id: d.page_content for d in documents}) == {d.id for d in documents}
 
 
 def test_a_transaction_that_was_killed_leaves_the_codes_of_before(
@@ -437,7 +430,7 @@ def test_a_transaction_that_was_killed_leaves_the_codes_of_before(
 ) -> None:
     store = open_chroma(tiny, "notes", persist_directory=tmp_path, colbert=True)
     store.add_texts(TEXTS, ids=IDS)
-    [file] = tmp_path.glob("*.colbert.sqlite3")
+    [file] = tmp_path.glob("*.signals.sqlite3")
     child = os.fork() if hasattr(os, "fork") else pytest.skip("this system has no fork")
     if not child:
         database = sqlite3.connect(file)
@@ -456,6 +449,5 @@ def test_codes_of_any_size_are_written_to_a_server(
     store = open_chroma(tiny, "large", host=server.host, port=server.port, colbert="int8")
     keys = [f"{number}" for number in range(60)]
     codes = [bytes([number]) * 1_000_000 for number in range(60)]
-    companion = store._passages.codes
-    companion.add(keys, Encoded(np.empty((60, 0), np.float32), colbert=codes))
-    assert companion.read(keys) == dict(zip(keys, codes, strict=True))
+    keep(store, keys, codes=codes)
+    assert store.passages.signals.codes(keys) == dict(zip(keys, codes, strict=True))

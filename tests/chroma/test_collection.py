@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -10,24 +11,25 @@ import numpy as np
 import pytest
 from chromadb.config import Settings
 from hashed_embeddings import HashedEmbeddings
+from inside import settings_of
 from langchain_chroma import Chroma
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense.chroma import index_documents, open_chroma
-from langchain_bge_dense.chroma.collection import (
-    Identity,
-    check,
+from langchain_bge_dense.chroma.folder import start
+from langchain_bge_dense.chroma.settings import (
+    CollectionSettings,
     claim,
     cosine_configuration,
     fingerprint_of,
-    local_client,
     same_model,
     underlying,
 )
 
 COSINE = {"hnsw": {"space": "cosine"}}
+MADE = {"hnsw": {"space": "cosine", "max_neighbors": 48, "ef_construction": 400, "ef_search": 400}}
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def plain(embeddings, client, configuration=COSINE, **options) -> Chroma:
 
 class TestIdentity:
     def test_of_embeddings_that_have_one(self, tiny):
-        assert Identity.of(tiny) == (tiny.fingerprint, tiny.dimension)
+        assert CollectionSettings.of(tiny)[:2] == (tiny.fingerprint, tiny.dimension)
 
     def test_of_embeddings_with_a_model(self):
         assert fingerprint_of(HashedEmbeddings(model="m")) == "hashed_embeddings.HashedEmbeddings m"
@@ -71,7 +73,7 @@ class TestIdentity:
 
     def test_of_embeddings_without_anything(self):
         name = "langchain_core.embeddings.fake.DeterministicFakeEmbedding"
-        assert Identity.of(DeterministicFakeEmbedding(size=7)) == (name, 7)
+        assert CollectionSettings.of(DeterministicFakeEmbedding(size=7))[:2] == (name, 7)
 
     def test_behind_wrappers(self):
         class Unasked(HashedEmbeddings):
@@ -83,7 +85,7 @@ class TestIdentity:
             underlying_embeddings=SimpleNamespace(underlying_embeddings=model)
         )
         assert underlying(wrapped) is model
-        assert Identity.of(wrapped) == (fingerprint_of(model), 5)
+        assert CollectionSettings.of(wrapped)[:2] == (fingerprint_of(model), 5)
 
     @pytest.mark.parametrize(
         ("one", "other", "same"),
@@ -107,7 +109,7 @@ class TestKnownCollections:
         before = reopen(embeddings, client)._collection.metadata
         after = reopen(HashedEmbeddings(), client)._collection.metadata
         assert before == after
-        assert after["embedding_dimension"] == 8
+        assert settings_of(reopen(embeddings, client)).dimension == 8
 
     def test_another_model(self, embeddings, client):
         index_documents(reopen(embeddings, client), [Document("one")])
@@ -138,26 +140,21 @@ class TestKnownCollections:
         with pytest.raises(ValueError, match="-cls-document_"):
             reopen(other, client)
 
-    def test_a_fingerprint_without_a_dimension(self, embeddings, client):
-        stored = {"embedding_fingerprint": fingerprint_of(embeddings)}
+    def test_one_of_a_later_version_with_more_settings(self, embeddings, client):
+        own = CollectionSettings.of(embeddings)
+        stored = {"langchain_bge_dense": json.dumps({**own._asdict(), "later": 1})}
         plain(embeddings, client, collection_metadata=stored)
-        assert reopen(embeddings, client).add_texts(["one"], ids=["a"]) == ["a"]
-
-    def test_one_that_names_no_model(self):
-        with pytest.raises(
-            ValueError, match=r"'n' does not say which .*\. Open it with open_chroma"
-        ):
-            check(SimpleNamespace(name="n", metadata=None), "a")
+        assert settings_of(reopen(embeddings, client)) == own
 
 
 class TestSpaces:
     @pytest.mark.parametrize(
         ("given", "made"),
         [
-            (None, COSINE),
-            ({"hnsw": None}, COSINE),
-            ({"hnsw": {"max_neighbors": 8}}, {"hnsw": {"max_neighbors": 8, "space": "cosine"}}),
-            ({"other": 1}, {"other": 1, **COSINE}),
+            (None, MADE),
+            ({"hnsw": None}, MADE),
+            ({"hnsw": {"max_neighbors": 8}}, {"hnsw": {**MADE["hnsw"], "max_neighbors": 8}}),
+            ({"other": 1}, {"other": 1, **MADE}),
             ({"spann": {"reassign": 2}}, {"spann": {"reassign": 2, "space": "cosine"}}),
         ],
     )
@@ -183,33 +180,23 @@ class TestSpaces:
     def test_of_a_collection(self, embeddings, configuration, space):
         collection = SimpleNamespace(name="n", configuration_json=configuration, metadata=None)
         with pytest.raises(ValueError, match=f"Collection 'n' has the space '{space}'"):
-            claim(collection, embeddings, Identity.of(embeddings))
+            claim(collection, embeddings, CollectionSettings.of(embeddings))
 
 
 class TestLocalClient:
     def test_nobody_else_has_the_database(self):
-        one, other = local_client(None), local_client(None)
+        one, other = start(None, {}), start(None, {})
         one.create_collection("notes", embedding_function=None)
         assert not other.list_collections()
 
     def test_a_database_that_is_named(self):
-        name = local_client(None).database
-        assert local_client(None, database=name).database == name
-
-    def test_telemetry_is_off_for_the_callers_clients_too(self, monkeypatch, tmp_path):
-        monkeypatch.delenv("ANONYMIZED_TELEMETRY", raising=False)
-        client = local_client(str(tmp_path))
-        assert client.get_settings().persist_directory == str(tmp_path)
-        assert not client.get_settings().anonymized_telemetry
-        assert not Settings().anonymized_telemetry
-        monkeypatch.setenv("ANONYMIZED_TELEMETRY", "True")
-        local_client(str(tmp_path))
-        assert Settings().anonymized_telemetry
+        name = start(None, {}).database
+        assert start(None, {"database": name}).database == name
 
     def test_a_client_that_was_here_first_is_left_as_it_is(self, tmp_path):
         first = chromadb.PersistentClient(str(tmp_path), Settings(anonymized_telemetry=True))
         first.create_collection("notes", embedding_function=None)
-        client = local_client(str(tmp_path), tenant="default_tenant", database="default_database")
+        client = start(str(tmp_path), {"tenant": "default_tenant", "database": "default_database"})
         assert [found.name for found in client.list_collections()] == ["notes"]
         assert client.get_settings().anonymized_telemetry
 
@@ -219,7 +206,7 @@ class TestPlainCollections:
         plain(embeddings, client, collection_metadata={"owner": "me"})
         metadata = reopen(embeddings, client)._collection.metadata
         assert metadata["owner"] == "me"
-        assert metadata["embedding_fingerprint"] == fingerprint_of(embeddings)
+        assert CollectionSettings.load(metadata).fingerprint == fingerprint_of(embeddings)
         with pytest.raises(ValueError, match="holds vectors of"):
             reopen(HashedEmbeddings(model="other"), client)
 
@@ -240,7 +227,7 @@ class TestPlainCollections:
         plain(embeddings, client).add_texts(["a long text that costs more", "short"])
         store = reopen(embeddings, client)
         assert embeddings.batches[-1] == ["short"]
-        assert "embedding_fingerprint" in store._collection.metadata
+        assert CollectionSettings.load(store._collection.metadata)
         assert len(store.get()["ids"]) == 2
 
     def test_few_of_many_are_read(self, embeddings, client):
@@ -258,7 +245,7 @@ class TestPlainCollections:
         with pytest.raises(ValueError, match=r"has cosine 0\.989 to"):
             reopen(embeddings, client)
         collection.upsert(ids=["a"], embeddings=[near.tolist()], documents=["one"])
-        assert "embedding_fingerprint" in reopen(embeddings, client)._collection.metadata
+        assert settings_of(reopen(embeddings, client)).fingerprint == fingerprint_of(embeddings)
 
     def test_filled_by_another_model(self, embeddings, client):
         plain(HashedEmbeddings(model="other"), client).add_texts(["one"])

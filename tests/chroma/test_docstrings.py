@@ -22,9 +22,3 @@ def test_the_examples_run(name, tiny_checkpoint, monkeypatch, tmp_path):
     given = {"BGEM3Embeddings": langchain_bge_dense.BGEM3Embeddings, **exported}
     done = doctest.testmod(module, extraglobs={**given, "checkpoint": str(tiny_checkpoint)})
     assert done.failed == 0
-
-
-def test_every_public_name_says_how_it_is_used():
-    own = [getattr(chroma, each) for each in chroma.__all__]
-    own += [member for name, member in vars(chroma.BGEM3Chroma).items() if not name.startswith("_")]
-    assert [each for each in own if "Example:" not in (each.__doc__ or "")] == []

@@ -10,6 +10,7 @@ import pytest
 from chromadb import EphemeralClient
 from chromadb.api.models.Collection import Collection
 from hashed_embeddings import HashedEmbeddings
+from inside import collections, index_of
 from langchain_classic.embeddings import CacheBackedEmbeddings
 from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, index
@@ -23,7 +24,8 @@ from langchain_bge_dense.chroma import (
     index_vectors,
     open_chroma,
 )
-from langchain_bge_dense.chroma.collection import fingerprint_of
+from langchain_bge_dense.chroma.records import key_of
+from langchain_bge_dense.chroma.settings import fingerprint_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,7 +97,7 @@ def test_deleted_passages_take_no_places_among_the_candidates(store):
     store.delete(ids)
     retriever = BGEM3Retriever(vectorstore=store, k=1, fetch_k=1, weights=(0, 1, 0))
     assert [d.id for d in retriever.invoke("part ZB-2204")] == ["last"]
-    assert len(store._passages.weights) == 1
+    assert len(index_of(store)) == 1
 
 
 def test_delete_by_a_filter(store, tiny):
@@ -112,8 +114,7 @@ def test_delete_by_a_filter(store, tiny):
 def test_nothing_stays_of_a_collection_that_is_deleted(store, how):
     store.add_texts(TEXTS)
     getattr(store, how)()
-    left = [collection.name for collection in store._passages.connection.client.list_collections()]
-    assert left == ([] if how == "delete_collection" else ["parts"])
+    assert collections(store) == ([] if how == "delete_collection" else ["parts"])
     if how == "reset_collection":
         assert store.lexical
         store.add_texts([PART])
@@ -233,8 +234,10 @@ class TestTruncated:
         found = store.get(include=["documents", "embeddings"])
         whole = embeddings.encode(found["documents"]).dense
         np.testing.assert_allclose(found["embeddings"], whole, atol=1e-4)
-        passages = store._passages
-        assert not passages.truncations.lengths(passages.keys(store.get()["ids"]))
+        assert (
+            not store.passages.signals.kept(list(map(key_of, found["ids"], found["documents"])))
+            or lexical
+        )
 
     def test_are_embedded_again_after_an_interruption(self, tiny_checkpoint, monkeypatch):
         documents, client = [Document("many words " * 20)], EphemeralClient()

@@ -24,7 +24,7 @@ from langchain_bge_dense.chroma import (
     index_vectors,
     open_chroma,
 )
-from langchain_bge_dense.chroma.collection import fingerprint_of
+from langchain_bge_dense.chroma.settings import fingerprint_of
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ import pytest
 from hashed_embeddings import HashedEmbeddings
 from langchain_core.documents import Document
 
-from langchain_bge_dense.chroma import hnsw, index_documents, open_chroma, recovery
+from langchain_bge_dense.chroma import folder as folders
+from langchain_bge_dense.chroma import hnsw, index_documents, open_chroma
 
 COUNT = 2_100  # Chroma persists its index at 1,000 and 2,000
 SCRIPT = Path(__file__).parents[1] / "indexing_process.py"
@@ -132,7 +133,7 @@ def test_an_outdated_backup_is_not_restored(tmp_path, undisturbed):
 
 
 def test_nothing_is_restored_while_the_writer_runs(tmp_path):
-    folder = recovery.Folder(str(tmp_path), "elsewhere")
+    folder = folders.Folder(str(tmp_path), "elsewhere")
     open_chroma(HashedEmbeddings(), persist_directory=tmp_path).close()
     folder.acquire_writer(1)
     (tmp_path / "1c1d7d4a-0000-4000-8000-000000000000.0.backup").mkdir()
@@ -210,7 +211,7 @@ def test_no_room_for_a_backup(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_may_not_be_written_to_is_not_a_full_one(tmp_path):
-    folder = recovery.Folder(str(tmp_path), "db")
+    folder = folders.Folder(str(tmp_path), "db")
     (tmp_path / "chroma.sqlite3").touch()
     readonly = sqlite3.OperationalError("attempt to write a readonly database")
     message = r"'db' may not be written to: .* right to write"
@@ -244,20 +245,6 @@ class TestDamage:
             file.write_bytes(file.read_bytes()[: int(file.stat().st_size * rest)])
         with pytest.raises(OSError, match=r"'passages' is damaged: .* 2,100 texts .* are whole"):
             open_chroma(HashedEmbeddings(), "passages", persist_directory=index.parent)
-
-
-def test_the_log_of_lexical_weights_is_backed_up_too(tmp_path, tiny, monkeypatch):
-    store = open_chroma(tiny, persist_directory=tmp_path, lexical=True)
-    index_documents(store, [Document("first")])
-    log = store._passages.weights.collection()
-    [entry] = log.get()["metadatas"]
-    many = {"ids": [str(n) for n in range(995)], "embeddings": np.ones((995, 1), np.float32)}
-    log.upsert(**many, metadatas=[entry] * 995)
-    made = []
-    monkeypatch.setattr(hnsw, "back_up", lambda index, backup, **_: made.append(backup.mkdir()))
-    documents = [Document(str(number)) for number in range(6)]
-    assert index_documents(store, documents, batch_size=1).added == 6
-    assert len(made) == 1
 
 
 def test_deletes_that_were_persisted_in_part_are_taken_back(tmp_path):

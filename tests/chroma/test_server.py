@@ -17,7 +17,7 @@ from langchain_core.documents import Document
 from tenacity import stop_after_attempt, wait_fixed
 
 from langchain_bge_dense import BGEM3Retriever
-from langchain_bge_dense.chroma import compact, connection, index_documents, open_chroma
+from langchain_bge_dense.chroma import compact, index_documents, open_chroma, session
 
 SCRIPT = Path(__file__).parents[1] / "indexing_process.py"
 
@@ -112,7 +112,7 @@ def test_two_processes_at_once(place):
 
 
 def test_the_server_stops_and_comes_back(server, place, monkeypatch, caplog):
-    monkeypatch.setattr(connection.RETRYING, "wait", wait_fixed(0.1))
+    monkeypatch.setattr(session.RETRYING, "wait", wait_fixed(0.1))
     embeddings = HashedEmbeddings()
     store = open_chroma(embeddings, "back", **place)
 
@@ -130,8 +130,8 @@ def test_the_server_stops_and_comes_back(server, place, monkeypatch, caplog):
 
 
 def test_the_server_stays_away(server, place, monkeypatch):
-    monkeypatch.setattr(connection.RETRYING, "wait", wait_fixed(0.01))
-    monkeypatch.setattr(connection.RETRYING, "stop", stop_after_attempt(3))
+    monkeypatch.setattr(session.RETRYING, "wait", wait_fixed(0.01))
+    monkeypatch.setattr(session.RETRYING, "stop", stop_after_attempt(3))
     store = open_chroma(HashedEmbeddings(), "away", **place)
 
     def disturbed():

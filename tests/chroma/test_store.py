@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from chromadb.config import Settings
 from hashed_embeddings import HashedEmbeddings
+from inside import plain, settings_of
 from langchain_chroma import Chroma
 from langchain_core.documents import Document
 
@@ -25,7 +26,7 @@ def passages(count: int, first: int = 0) -> list[Document]:
 def test_scores_are_cosines_from_0_to_1(embeddings):
     store = open_chroma(embeddings)
     opposite = (-np.array(embeddings.embed_query("one"))).tolist()
-    store._collection.upsert(
+    plain(store).upsert(
         ids=["same", "opposite"],
         embeddings=[embeddings.embed_query("one"), opposite],
         documents=["same", "opposite"],
@@ -34,11 +35,6 @@ def test_scores_are_cosines_from_0_to_1(embeddings):
     assert [document.page_content for document, _ in found] == ["same", "opposite"]
     assert [score for _, score in found] == pytest.approx([1, 0], abs=1e-5)
     assert all(0 <= score <= 1 for _, score in found)
-
-
-def test_telemetry_is_off(embeddings, tmp_path):
-    for store in (open_chroma(embeddings), open_chroma(embeddings, persist_directory=tmp_path)):
-        assert not store._client.get_settings().anonymized_telemetry
 
 
 def test_stores_in_memory_are_apart(embeddings):
@@ -107,11 +103,11 @@ def test_options_reach_chroma(embeddings):
 
 def test_a_reset_collection_knows_its_model(embeddings):
     store = open_chroma(embeddings)
-    before = dict(store._collection.metadata)
+    before = settings_of(store)
     store.reset_collection()
-    after = dict(store._collection.metadata)
-    assert before.pop("passages_uid") != after.pop("passages_uid")
-    assert after == before
+    after = settings_of(store)
+    assert before.uid != after.uid
+    assert before._replace(uid=after.uid) == after
     assert store._collection.configuration_json["hnsw"]["space"] == "cosine"
     assert index_documents(store, passages(2)).added == 2
 

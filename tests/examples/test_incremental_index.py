@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from incremental_index import main, update
+from inside import index_of
 
 from langchain_bge_dense import BGEM3Embeddings, M3Encoding
 from langchain_bge_dense.chroma import open_chroma
@@ -54,8 +55,7 @@ def go(embeddings, folder, tmp_path):
         store = open_chroma(embeddings, "notes", persist_directory=tmp_path / "db", lexical=True)
         done = update(store, folder, tmp_path / "db")
         assert done["num_added"] == len(embeddings._embedded)
-        store._passages.weights.sync()
-        assert len(store._passages.weights) == len(store.get()["ids"])
+        assert len(index_of(store)) == len(store.get()["ids"])
         sources = sorted(metadata["source"] for metadata in store.get()["metadatas"])
         return len(embeddings._embedded), done["num_deleted"], sources
 

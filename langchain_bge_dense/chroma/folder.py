@@ -2,9 +2,8 @@
 
 Chroma persists a vector index in place, once in a thousand records. A process that is killed
 meanwhile, or a full disk, leaves files that crash whoever opens them. So what cannot be repaired is
-backed up before, and restored by the next process that opens the folder. The rest of Chroma's data
-is in SQLite, and safe. A process reads an index once: it opens the folder again, underneath, when
-another one has written since.
+backed up before, and restored by the next process that opens the folder. The rest of the data is
+in SQLite, and safe.
 """
 
 from __future__ import annotations
@@ -16,17 +15,20 @@ import sqlite3
 import struct
 import threading
 import time
+import uuid
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+import chromadb
 from chromadb.api.shared_system_client import SharedSystemClient
+from chromadb.config import Settings
 from chromadb.errors import InternalError
 from filelock import FileLock, Timeout
 
 from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense.chroma import hnsw
-from langchain_bge_dense.chroma.collection import local_client
+from langchain_bge_dense.errors import FolderBusyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,14 +37,23 @@ if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
 
 _BACKUP = ".backup"
+_MEMORY = "ephemeral"  # Chroma's name of what it keeps in memory
 _STALE_SECONDS = 1.0  # how old what a process reads may be, while another one writes
 _REOPENING_SHARE = 0.2  # of the time that a process spends on opening the folder again
 
 _folders: dict[str, Folder] = {}
 _folders_lock = forkable_lock()
-_inherited: list[
-    object
-] = []  # systems of the parent process: a child can neither use nor stop them
+
+
+class _Process:
+    """What this process has of Chroma's library."""
+
+    started = False
+    parent: int | None = None
+    """Process that forked this one after it had started the library."""
+    inherited: ClassVar[list[object]] = []
+    """Systems of the parent, which a child can neither use nor stop."""
+
 
 _SEGMENT = """
     SELECT s.id, coalesce(m.seq_id, 0), (
@@ -91,9 +102,10 @@ class Folder:
 
     def __init__(self, real: str, path: str) -> None:
         self.real, self.path = Path(real), path
-        self.lock = threading.RLock()
-        self.writing = threading.RLock()
+        self.writing = threading.RLock()  # taken before the others
+        self.lock = threading.RLock()  # taken before the access lock, a file
         self.generation = 0
+        self._database_id: tuple[int, int] | None = None
         self._stale_until = 0.0
         self._writers: set[int] = set()
         self._writer_lock = FileLock(self.real / "indexing.lock", thread_local=False)
@@ -104,7 +116,7 @@ class Folder:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Neither writes nor loading of an index by anybody else."""
-        with self.lock, self._access_lock, self.named_errors():
+        with self.lock, self.named_errors(), self._access_lock:
             yield
 
     def client(self, names: dict[str, str], *, reopen: bool = False) -> ClientAPI:
@@ -114,15 +126,35 @@ class Folder:
             names: `tenant` and `database`.
             reopen: Start a new one in the place of the one that runs.
         """
-        self.real.mkdir(parents=True, exist_ok=True)
         systems = SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
+        with self.named_errors():
+            self.real.mkdir(parents=True, exist_ok=True)
         with self.exclusive():
-            if reopen:
+            if reopen or self._is_another():
                 systems.pop(self.path, None)
                 self.generation += 1
             if self.path not in systems:
                 self._recover()
-            return local_client(self.path, **names)
+            client = start(self.path, names)
+            self._database_id = self._identify()
+            return client
+
+    def _identify(self) -> tuple[int, int] | None:
+        """Device and inode of Chroma's database; None where it is not there."""
+        try:
+            found = self._database_file.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _is_another(self) -> bool:
+        """Whether the folder was removed, emptied or replaced since it was opened."""
+        found = self._identify()
+        if found is not None and self._database_id in {None, found}:
+            return False
+        self._writers.clear()  # their lock was of a file that is gone
+        self._writer_lock.release(force=True)
+        return True
 
     def load(self, collection: Collection) -> int:
         """Let Chroma read a collection's index.
@@ -146,7 +178,7 @@ class Folder:
     def version(self) -> int:
         """A number that every commit to Chroma's SQLite changes."""
         try:
-            with (self.real / "chroma.sqlite3").open("rb") as file:
+            with self._database_file.open("rb") as file:
                 file.seek(24)
                 [version] = struct.unpack(">I", file.read(4))
         except FileNotFoundError as error:
@@ -166,7 +198,7 @@ class Folder:
             Whether this process was not the one before.
 
         Raises:
-            RuntimeError: Another process writes.
+            FolderBusyError: Another process writes.
         """
         with self.lock, self.named_errors():
             first = not self._writers
@@ -179,9 +211,13 @@ class Folder:
                         "one would destroy Chroma's index. Wait until it ends or closes its store, "
                         "or let both use a Chroma server."
                     )
-                    raise RuntimeError(msg) from error
+                    raise FolderBusyError(msg) from error
             self._writers.add(writer)
             return first
+
+    def has_writer(self, writer: int) -> bool:
+        """Whether a writer has been acquired and not been released."""
+        return writer in self._writers
 
     def release_writer(self, writer: int) -> None:
         """Let other processes write, if this was the last writer of this one."""
@@ -206,7 +242,7 @@ class Folder:
 
     def flush(self) -> None:
         """Have the system write to the disk what Chroma has written to files."""
-        for file in (self.real / "chroma.sqlite3", *self.real.glob("*/*.*")):
+        for file in (*self.real.glob("*.sqlite3"), *self.real.glob("*/*.*")):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
 
@@ -296,9 +332,13 @@ class Folder:
             found = database.execute(_SEGMENT, (str(collection.id),)).fetchone()
         return found and Segment(*found)
 
+    @property
+    def _database_file(self) -> Path:
+        return self.real / "chroma.sqlite3"
+
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
-        uri = f"{(self.real / 'chroma.sqlite3').as_uri()}?mode=rw"
+        uri = f"{self._database_file.as_uri()}?mode=rw"
         with closing(
             sqlite3.connect(uri, uri=True, timeout=60.0, isolation_level=None)
         ) as database:
@@ -306,27 +346,33 @@ class Folder:
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
-        """Errors of Chroma and of files as `OSError`s that say what to do."""
+        """Raise errors of Chroma and of files as `OSError`s that say what to do."""
         try:
             yield
-        except (InternalError, sqlite3.Error, PermissionError) as error:
+        except (InternalError, sqlite3.Error) as error:
+            raise self.error(error) from error
+        except OSError as error:
+            # One of these already, or of a model that is asked over a network.
+            if error.errno is None or isinstance(error, ConnectionError):
+                raise
             raise self.error(error) from error
 
     def is_there(self) -> bool:
         """Whether Chroma's database is."""
-        return (self.real / "chroma.sqlite3").exists()
+        return self._database_file.exists()
 
     def error(self, reason: Exception) -> OSError:
         """The error for a folder that could not be read or written to."""
+        text = str(reason)
+        if any(word in text for word in ("readonly", "ead-only", "ermission", "ot a directory")):
+            return PermissionError(
+                f"{self.path!r} may not be written to: {reason}. Give this process the right to "
+                "write to the folder and to all files in it, or take another folder."
+            )
         if not self.is_there():
             return FileNotFoundError(
                 f"{self.path!r} holds no chroma.sqlite3 any more: {reason}. The folder was removed "
                 "or emptied while it was open. Open the collection again and index its documents."
-            )
-        if "readonly" in str(reason) or "ead-only" in str(reason) or "ermission" in str(reason):
-            return PermissionError(
-                f"{self.path!r} may not be written to: {reason}. Give this process the right to "
-                "write to the folder and to all files in it."
             )
         free = shutil.disk_usage(self.real).free / 2**20
         return OSError(
@@ -348,14 +394,61 @@ def folder_of(path: str | os.PathLike[str]) -> Folder:
         return _folders[real]
 
 
+def start(path: str | None, names: dict[str, str]) -> ClientAPI:
+    """A client of the Chroma in this process, with the settings of the one that runs.
+
+    Args:
+        path: Of a folder; None is memory: without names, a database that nobody else has.
+        names: `tenant` and `database`, as in Chroma.
+    """
+    check_process()
+    systems = SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
+    running = systems.get(path or _MEMORY)
+    settings = running.settings if running else Settings(anonymized_telemetry=False)
+    _Process.started = True
+    try:
+        if path is not None:
+            client = chromadb.PersistentClient(path, settings, **names)
+        elif names:
+            client = chromadb.EphemeralClient(settings, **names)
+        else:
+            client = chromadb.EphemeralClient(settings)
+            names = {"database": uuid.uuid4().hex}
+            chromadb.AdminClient(settings).create_database(names["database"])
+            client.set_database(names["database"])
+    finally:
+        if not running and (system := systems.get(path or _MEMORY)):
+            # Chroma gives one place to clients of equal settings alone, so that plain ones made
+            # later would fail. It read this setting when it started.
+            system.settings.anonymized_telemetry = Settings().anonymized_telemetry
+    return client
+
+
+def check_process() -> None:
+    """Check that Chroma's library can run in this process.
+
+    Raises:
+        RuntimeError: It ran in the process that forked this one, and would wait here for ever.
+    """
+    if _Process.parent is not None:
+        msg = (
+            f"Chroma was used by process {_Process.parent} and cannot be used in its forked child "
+            f"{os.getpid()}, where its threads are gone. Start the child with the method 'spawn', "
+            "or let both use a Chroma server. Embeddings alone work in the child."
+        )
+        raise RuntimeError(msg)
+
+
 def _forget_parent() -> None:
-    """In a forked child, whose threads of Chroma are gone: let it start Chroma anew."""
+    """In a forked child, keep what the parent had of Chroma from being used or stopped."""
     systems = SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
     local = [name for name, system in systems.items() if "Rust" in system.settings.chroma_api_impl]
-    _inherited.extend(systems.pop(name) for name in local)
-    _inherited.extend(_folders.values())
+    if _Process.started or local:
+        _Process.parent = os.getppid()
+    _Process.inherited.extend(systems.pop(name) for name in local)
+    _Process.inherited.extend(_folders.values())
     _folders.clear()
-    if _inherited:
+    if _Process.inherited:
         gc.freeze()  # the end of a garbage client of the parent's would wait for its threads
 
 

@@ -1,0 +1,288 @@
+"""Settings of a collection: which model its vectors are of, and which signals it keeps."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import uuid
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from langchain_bge_dense._codes import Codec, check_kind
+from langchain_bge_dense.embeddings import BGEM3Embeddings
+from langchain_bge_dense.errors import AnotherModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from langchain_core.embeddings import Embeddings
+    from typing_extensions import Self
+
+    from langchain_bge_dense._codes import Kind
+
+KEY = "langchain_bge_dense"
+"""Where a collection's metadata hold its settings."""
+
+# With Chroma's own, equal vectors are linked to each other alone, and hide others.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "hnsw": {"space": "cosine", "max_neighbors": 48, "ef_construction": 400, "ef_search": 400},
+    "spann": {"space": "cosine"},
+}
+_SAME_COSINE = 0.99  # of one text by one model, in any dtype
+_SAMPLE = 10  # stored documents of which the shortest is embedded again
+_ALTERNATIVE = (
+    "take another collection_name, or delete the collection and index its documents again."
+)
+
+
+class CollectionSettings(NamedTuple):
+    """Settings of one collection, a JSON value in its metadata.
+
+    Attributes:
+        fingerprint: Names the model, and whatever else changes its vectors.
+        dimension: Width of a vector.
+        uid: Names the passages; stays when the collection is compacted.
+        lexical: Whether passages have lexical weights.
+        colbert: Kind of their ColBERT codes; None where they have none.
+        pooling: Tokens that share a ColBERT vector.
+        mean: Of ColBERT vectors, float16 in Base64; empty until the first are stored.
+    """
+
+    fingerprint: str
+    dimension: int
+    uid: str = ""
+    lexical: bool = False
+    colbert: Kind | None = None
+    pooling: int = 1
+    mean: str = ""
+
+    @classmethod
+    def of(cls, embeddings: Embeddings) -> Self:
+        """Settings of a new collection for any embeddings, which may have to embed one query."""
+        dimension = getattr(underlying(embeddings), "dimension", None)
+        if not isinstance(dimension, int):
+            dimension = len(embeddings.embed_query("dimension"))
+        return cls(fingerprint_of(embeddings), dimension, uuid.uuid4().hex)
+
+    @classmethod
+    def load(cls, metadata: Mapping[str, Any] | None) -> Self | None:
+        """Settings in the metadata of a collection; None where another program made it."""
+        stored = json.loads((metadata or {}).get(KEY, "{}"))
+        return cls(**{key: stored[key] for key in cls._fields if key in stored}) if stored else None
+
+    def metadata(self) -> dict[str, str]:
+        """Metadata that hold these settings."""
+        return {KEY: json.dumps(self._asdict())}
+
+    def renewed(self) -> Self:
+        """Equal settings for other passages."""
+        return self._replace(uid=uuid.uuid4().hex)
+
+    def codec(self) -> Codec | None:
+        """Codec of the ColBERT vectors; None where none are stored yet."""
+        if self.colbert is None or not self.mean:
+            return None
+        mean = np.frombuffer(base64.b64decode(self.mean), np.float16).astype(np.float32)  # (D,)
+        return Codec(self.colbert, self.pooling, mean)
+
+    def with_mean_of(self, model: BGEM3Embeddings) -> Self:
+        """Settings with the mean of the model's ColBERT vectors."""
+        mean = Codec.of(model, self.colbert or "1bit").mean.astype(np.float16)
+        return self._replace(mean=base64.b64encode(mean.tobytes()).decode())
+
+    def signals(self) -> str:
+        """Signals that the collection keeps, in words."""
+        codes = f"{self.colbert!r} ColBERT codes with colbert_pooling={self.pooling}"
+        return " and ".join(["lexical weights"] * self.lexical + [codes] * bool(self.colbert))
+
+
+class Wanted(NamedTuple):
+    """Signals that a caller asks for; None leaves it to the collection."""
+
+    lexical: bool | None = None
+    colbert: Kind | Literal[False] | None = None
+    pooling: int = 1
+
+    @classmethod
+    def of(cls, lexical: bool | None, colbert: Kind | bool | None, pooling: int) -> Wanted:
+        """Check what the caller passed."""
+        kind: Any = "1bit" if colbert is True else colbert
+        check_kind("1bit" if kind is None or kind is False else kind, pooling)
+        return cls(lexical, kind, pooling)
+
+    def check(self, embeddings: Embeddings) -> None:
+        """Check that the embeddings can produce the requested signals."""
+        options = {"lexical=True": self.lexical, f"colbert={self.colbert!r}": self.colbert}
+        wanted = [option for option, value in options.items() if value]
+        if wanted and not isinstance(underlying(embeddings), BGEM3Embeddings):
+            msg = (
+                f"{' and '.join(wanted)} was asked for, and {type(embeddings).__name__} gives "
+                "dense vectors alone. Open the store with BGEM3Embeddings, or leave it out."
+            )
+            raise TypeError(msg)
+
+    def added_to(self, found: CollectionSettings, name: str) -> CollectionSettings:
+        """Settings of a collection that keeps the requested signals too.
+
+        Raises:
+            ValueError: The collection keeps something else.
+        """
+        refused = ""
+        if self.lexical is False and found.lexical:
+            refused = "lexical=False"
+        elif found.colbert and self.colbert not in {None, found.colbert}:
+            refused = f"colbert={self.colbert!r}"
+        elif found.colbert and self.colbert and self.pooling != found.pooling:
+            refused = f"colbert={self.colbert!r} with colbert_pooling={self.pooling}"
+        if refused:
+            msg = (
+                f"{refused} was asked for, and collection {name!r} has {found.signals()}. "
+                "Leave it out, or take another collection_name."
+            )
+            raise ValueError(msg)
+        if self.colbert and not found.colbert:
+            found = found._replace(colbert=self.colbert, pooling=self.pooling)
+        return found._replace(lexical=bool(self.lexical) or found.lexical)
+
+
+def underlying(embeddings: Embeddings) -> Embeddings:
+    """The embeddings behind caches and other wrappers."""
+    while (inner := getattr(embeddings, "underlying_embeddings", None)) is not None:
+        embeddings = inner
+    return embeddings
+
+
+def fingerprint_of(embeddings: Embeddings) -> str:
+    """Fingerprint of the innermost embeddings, or class and model name.
+
+    >>> from langchain_core.embeddings import DeterministicFakeEmbedding
+    >>> fingerprint_of(DeterministicFakeEmbedding(size=8))
+    'langchain_core.embeddings.fake.DeterministicFakeEmbedding'
+    """
+    embeddings = underlying(embeddings)
+    kind = type(embeddings)
+    values = [getattr(embeddings, name, None) for name in ("fingerprint", "model", "model_name")]
+    own, *models = [value if isinstance(value, str) else None for value in values]
+    model = next(filter(None, models), "")
+    return own or f"{kind.__module__}.{kind.__qualname__} {model}".rstrip()
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two fingerprints name one model: by its digest where both have one.
+
+    >>> same_model("bge-m3-3f2a9c81d0e4-cls", "a-copy-3f2a9c81d0e4-cls")
+    True
+    """
+    return _without_name(one) == _without_name(other)
+
+
+def _without_name(fingerprint: str) -> str:
+    return re.sub(r"^.*?-(?=[0-9a-f]{12}-(?:cls|mean))", "", fingerprint)
+
+
+def cosine_configuration(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A collection configuration in cosine space, whose graph keeps equal vectors in reach."""
+    configuration = dict(given or {})
+    index = "spann" if configuration.get("spann") else "hnsw"
+    settings = {**_DEFAULTS[index], **(configuration.get(index) or {})}
+    require_cosine(settings["space"], "collection_configuration")
+    return {**configuration, index: settings}
+
+
+def require_cosine(space: str, where: str) -> None:
+    """Check that a space is the cosine's."""
+    if space != "cosine":
+        msg = (
+            f"The {where} names the space {space!r}, and scores here are cosines. "
+            "Leave the space out, or say 'cosine'."
+        )
+        raise ValueError(msg)
+
+
+def claim(collection: Any, embeddings: Embeddings, own: CollectionSettings) -> None:
+    """Check that the embeddings fit a collection, and write settings to one that has none.
+
+    Args:
+        collection: A guarded one.
+        embeddings: Embed a stored document again where the collection does not name its model.
+        own: Settings of a new collection for them.
+
+    Raises:
+        ValueError: The collection has another space, or its vectors are another model's.
+    """
+    _check_space(collection)
+    found = CollectionSettings.load(collection.metadata)
+    if found:
+        check_model(collection.name, found, own.fingerprint)
+        _check_dimension(collection.name, found.dimension, own)
+    else:
+        _check_vectors(collection, embeddings, own)
+        collection.modify(own.metadata())
+
+
+def check_model(name: str, found: CollectionSettings, fingerprint: str) -> None:
+    """Check that a collection holds vectors of a model."""
+    if not same_model(found.fingerprint, fingerprint):
+        msg = (
+            f"Collection {name!r} holds vectors of {found.fingerprint!r}, not of {fingerprint!r}. "
+            f"Open it with the first model, {_ALTERNATIVE}"
+        )
+        raise AnotherModelError(msg)
+
+
+def _check_space(collection: Any) -> None:
+    configuration = collection.configuration_json
+    index = configuration.get("hnsw") or configuration.get("spann") or {}
+    space = index.get("space", "l2")
+    if space != "cosine":
+        msg = (
+            f"Collection {collection.name!r} has the space {space!r}, which cannot be changed to "
+            f"'cosine'. {_ALTERNATIVE.capitalize()}"
+        )
+        raise ValueError(msg)
+
+
+def _check_dimension(name: str, stored: int, own: CollectionSettings) -> None:
+    if stored != own.dimension:
+        msg = (
+            f"Collection {name!r} holds vectors of {stored} numbers, and those of "
+            f"{own.fingerprint!r} have {own.dimension}. "
+            f"Open it with the first model, {_ALTERNATIVE}"
+        )
+        raise AnotherModelError(msg)
+
+
+def _check_vectors(collection: Any, embeddings: Embeddings, own: CollectionSettings) -> None:
+    """Check that a collection of another program is empty, or of the embeddings."""
+    sample = collection.get(limit=_SAMPLE, include=["documents", "embeddings"])
+    vectors = sample["embeddings"]
+    if vectors is not None and len(vectors):
+        _check_dimension(collection.name, len(vectors[0]), own)
+        _check_sample(collection.name, sample["documents"] or [], vectors, embeddings)
+
+
+def _check_sample(
+    name: str, documents: Sequence[str | None], vectors: Any, embeddings: Embeddings
+) -> None:
+    texts = [(text, vector) for text, vector in zip(documents, vectors, strict=True) if text]
+    if not texts:
+        msg = (
+            f"Collection {name!r} has vectors and no texts, so that nothing shows which "
+            f"model filled it. {_ALTERNATIVE.capitalize()}"
+        )
+        raise ValueError(msg)
+    text, stored = min(texts, key=lambda pair: len(pair[0]))
+    cosine = _cosine(np.asarray(stored), np.asarray(embeddings.embed_documents([text])[0]))
+    if not cosine >= _SAME_COSINE:
+        msg = (
+            f"Collection {name!r} was filled by another model than "
+            f"{fingerprint_of(embeddings)!r}: a stored text embedded again has cosine {cosine:.3f} "
+            f"to its stored vector. Open it with the first model, {_ALTERNATIVE}"
+        )
+        raise AnotherModelError(msg)
+
+
+def _cosine(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))

@@ -1,0 +1,412 @@
+"""Signals of passages beside their dense vectors: one table by key for each store.
+
+A row has the `max_length` that cut a passage, its lexical weights and its ColBERT codes. The table
+is a SQLite database in a folder, where Chroma would keep each value twice, and a collection
+elsewhere. A key names passage and text, so that the rows of a passage that is being replaced stay
+right until it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import sqlite3
+import uuid
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from chromadb.errors import NotFoundError
+from langchain_core.utils.iter import batch_iterate
+
+from langchain_bge_dense._engine.calls import windows
+from langchain_bge_dense.chroma.session import GuardedCollection
+from langchain_bge_dense.chroma.settings import cosine_configuration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from langchain_bge_dense.chroma.folder import Folder
+    from langchain_bge_dense.chroma.session import Session
+
+    Replace = Callable[[GuardedCollection, Callable[[GuardedCollection], None]], None]
+
+_PAGE = 500  # rows looked up at once
+_INDEX_PAGE = 4_096  # rows that an index reads at once
+_LOG_PAGE = 8  # entries of a log that it reads at once
+_REQUEST_ROWS, _REQUEST_BYTES = 1_000, 1 << 24  # of one request; Base64 makes bytes a third more
+# Long values fill pages of SQLite's smallest useful size to the end.
+_SCHEMA = """
+    PRAGMA page_size = 1024;
+    CREATE TABLE IF NOT EXISTS passages (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        key TEXT UNIQUE NOT NULL, cut_at INTEGER, lexical BLOB, codes BLOB);
+"""
+# A row that is written again gets another number, by which indexes find it; what is not given
+# stays. One without values says that the passage is gone.
+_PUT = """
+    INSERT OR REPLACE INTO passages (key, cut_at, lexical, codes) VALUES (:key, :cut_at,
+        coalesce(:lexical, (SELECT lexical FROM passages WHERE key = :key)),
+        coalesce(:codes, (SELECT codes FROM passages WHERE key = :key)))
+"""
+_DELETE = """
+    INSERT OR REPLACE INTO passages (key) SELECT key FROM passages WHERE key = ?
+"""
+_SWEEP = "DELETE FROM passages WHERE cut_at IS NULL AND lexical IS NULL AND codes IS NULL"
+
+
+class Encoded(NamedTuple):
+    """Vectors and signals of N passages, on the way from a model to a store."""
+
+    vectors: NDArray[np.float32]  # (N, D)
+    lexical: Sequence[bytes | None] | None = None
+    """Packed weights of each."""
+    codes: Sequence[bytes | None] | None = None
+    """ColBERT codes of each."""
+    cut_at: Sequence[int | None] | None = None
+    """The `max_length` that cut it, 0 for the model's own; None where it is whole."""
+    tokens: int = 0
+
+    @property
+    def truncated(self) -> int:
+        """How many passages were cut."""
+        return sum(length is not None for length in self.cut_at or ())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
+        """One of the passages of several, which have the same columns."""
+
+        def column(values: Sequence[Any]) -> Any:
+            return None if values[0] is None else [row for part in values for row in part]
+
+        vectors, *columns, tokens = zip(*parts, strict=True)
+        lexical, codes, cut_at = map(column, columns)
+        return cls(np.concatenate(vectors), lexical, codes, cut_at, sum(tokens))
+
+    def added_to(self, found: Sequence[Kept]) -> Encoded:
+        """What a table lacks of these passages; where their vectors were cut stays as it is."""
+
+        def lacking(column: int, values: Sequence[bytes | None] | None) -> Any:
+            return values and [
+                None if has[column] else v for v, has in zip(values, found, strict=True)
+            ]
+
+        lexical, codes = lacking(1, self.lexical), lacking(2, self.codes)
+        return Encoded(self.vectors, lexical, codes, [has.cut_at for has in found])
+
+    def rows(self, keys: Sequence[str]) -> Iterator[Row]:
+        """Rows of the table for these passages."""
+        none = [None] * len(keys)
+        columns = (self.cut_at or none, self.lexical or none, self.codes or none)
+        return (Row(*row) for row in zip(keys, *columns, strict=True))
+
+
+class Row(NamedTuple):
+    """Signals of one passage."""
+
+    key: str
+    cut_at: int | None = None
+    lexical: bytes | None = None
+    codes: bytes | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are none."""
+        return self[1:] == (None, None, None)
+
+
+class Kept(NamedTuple):
+    """What a table has of a passage."""
+
+    cut_at: int | None = None
+    lexical: bool = False
+    codes: bool = False
+
+
+class Position(NamedTuple):
+    """How far an index has read a table; another log has to be read from its start."""
+
+    log: object = None
+    number: int = 0
+
+
+def pack(weights: Mapping[int, float]) -> bytes:
+    """Lexical weights as a table has them: token ids, then their weights."""
+    count = len(weights)
+    ids = np.fromiter(weights, "<u4", count)
+    return ids.tobytes() + np.fromiter(weights.values(), "<f4", count).tobytes()
+
+
+def unpack(packed: Sequence[bytes]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Sizes `(N,)`, token ids `(M,)` and weights `(M,)` of N passages."""
+    sizes = np.array([len(each) // 8 for each in packed], np.int64)
+    joined = np.frombuffer(b"".join(packed), "<u4")  # ids and weights of each in turn
+    part = np.repeat(np.arange(2 * len(sizes)), np.repeat(sizes, 2)) % 2  # 0: id, 1: weight
+    return sizes, joined[part == 0], joined[part == 1].view("<f4")
+
+
+class Signals(ABC):
+    """The table of a store."""
+
+    @classmethod
+    def of(cls, session: Session, uid: str) -> Signals:
+        """The table of the passages with this uid, wherever their Chroma is."""
+        name = f"{uid}.signals"
+        if session.folder is not None:
+            return FolderSignals(session.folder, name)
+        return CollectionSignals(session, name)
+
+    def put(self, keys: Sequence[str], encoded: Encoded) -> None:
+        """Write signals of passages; those that are not given stay."""
+        rows = list(encoded.rows(keys))
+        empty = [row.key for row in rows if row.is_empty]
+        known = self.kept(empty)
+        self._write([row for row in rows if not row.is_empty or row.key in known])
+
+    def kept(self, keys: Sequence[str]) -> dict[str, Kept]:
+        """What the table has of passages, by key."""
+        rows = [row for page in batch_iterate(_PAGE, keys) for row in self._kept(page)]
+        return {key: kept for key, kept in rows if kept != (None, False, False)}
+
+    def codes(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """Codes of those passages that have any, by key."""
+        return dict(row for page in batch_iterate(_PAGE, keys) for row in self._codes(page))
+
+    @abstractmethod
+    def delete(self, keys: Sequence[str]) -> None:
+        """Forget passages."""
+
+    @abstractmethod
+    def since(
+        self, position: Position
+    ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
+        """Keys and packed weights written after a position, page by page; None for those gone."""
+
+    @abstractmethod
+    def keep_only(self, keys: Sequence[str], replace: Replace) -> None:
+        """Forget all other passages, and leave nothing of them in any file.
+
+        Args:
+            keys: Of the passages that are stored.
+            replace: Puts a new collection, which a function fills, in the place of one.
+        """
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Delete the table."""
+
+    @abstractmethod
+    def _write(self, rows: Sequence[Row]) -> None: ...
+
+    @abstractmethod
+    def _kept(self, keys: Sequence[str]) -> Iterable[tuple[str, Kept]]: ...
+
+    @abstractmethod
+    def _codes(self, keys: Sequence[str]) -> Iterable[tuple[str, bytes]]: ...
+
+
+class FolderSignals(Signals):
+    """A SQLite database in the folder of a local Chroma."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._folder, self._file = folder, folder.real / f"{name}.sqlite3"
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Forget passages."""
+        if keys and self._file.exists():
+            with self._database() as database:
+                database.executemany(_DELETE, ((key,) for key in keys))
+
+    def since(
+        self, position: Position
+    ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
+        """Keys and packed weights written after a position, page by page; None for those gone."""
+        while self._file.exists():
+            with self._database() as database:
+                [version] = database.execute("PRAGMA user_version").fetchone()
+                log = (self._file.stat().st_ino, version)
+                number = position.number if log == position.log else 0
+                rows = database.execute(
+                    "SELECT key, lexical, number FROM passages WHERE number > ? "
+                    "ORDER BY number LIMIT ?",
+                    (number, _INDEX_PAGE),
+                ).fetchall()
+            if not rows and log == position.log:
+                return
+            position = Position(log, rows[-1][2] if rows else number)
+            yield position, [row[:2] for row in rows]
+
+    def keep_only(self, keys: Sequence[str], replace: Replace) -> None:  # noqa: ARG002
+        """Delete the rows of all other passages, and the space that they took."""
+        if not self._file.exists():
+            return
+        with self._database() as database:
+            kept = set(keys)
+            stored = (key for [key] in database.execute("SELECT key FROM passages").fetchall())
+            gone = ((key,) for key in stored if key not in kept)
+            database.executemany("DELETE FROM passages WHERE key = ?", gone)
+            database.execute(_SWEEP)
+            [version] = database.execute("PRAGMA user_version").fetchone()
+            database.execute(f"PRAGMA user_version = {version + 1}")  # indexes begin anew
+            database.commit()
+            database.execute("VACUUM")
+
+    def drop(self) -> None:
+        """Delete the database."""
+        for ending in ("", "-journal"):
+            self._file.with_name(f"{self._file.name}{ending}").unlink(missing_ok=True)
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        if rows:
+            with self._database(create=True) as database:
+                database.executemany(_PUT, [row._asdict() for row in rows])
+
+    def _kept(self, keys: Sequence[str]) -> Iterable[tuple[str, Kept]]:
+        found = self._select("key, cut_at, lexical IS NOT NULL, codes IS NOT NULL", keys)
+        return ((key, Kept(cut_at, *map(bool, rest))) for key, cut_at, *rest in found)
+
+    def _codes(self, keys: Sequence[str]) -> Iterable[tuple[str, bytes]]:
+        return (row for row in self._select("key, codes", keys) if row[1] is not None)
+
+    def _select(self, columns: str, keys: Sequence[str]) -> list[Any]:
+        if not self._file.exists():
+            return []
+        marks = ", ".join("?" * len(keys))
+        with self._database() as database:
+            query = f"SELECT {columns} FROM passages WHERE key IN ({marks})"  # noqa: S608
+            return list(database.execute(query, list(keys)))
+
+    @contextlib.contextmanager
+    def _database(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
+        """A transaction."""
+        uri = f"{self._file.as_uri()}?mode={'rwc' if create else 'rw'}"
+        with (
+            self._folder.named_errors(),
+            contextlib.closing(sqlite3.connect(uri, uri=True, timeout=60.0)) as database,
+        ):
+            if create:
+                database.executescript(_SCHEMA)
+            with database:
+                yield database
+
+
+class CollectionSignals(Signals):
+    """A second collection of the same database.
+
+    Beside the rows it has a log of their keys: an entry is written in one request with the rows
+    that it names, and after they are deleted. Codes have records of their own, as they are large.
+    """
+
+    def __init__(self, session: Session, name: str) -> None:
+        self._session = session
+        self._collection = GuardedCollection(session, name, cosine_configuration(None))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Forget passages."""
+        known = list(self.kept(keys))
+        if known:
+            self._collection.delete([*known, *map(_codes_id, known)])
+            _upsert(self._collection, [_entry(known)])
+
+    def since(
+        self, position: Position
+    ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
+        """Keys and packed weights written after a position, page by page; None for those gone."""
+        while (found := self._collection.find()) is not None:
+            number = position.number if found.id == position.log else 0
+            options: Any = {"where": {"kind": "log"}, "offset": number, "limit": _LOG_PAGE}
+            entries = self._collection.get(include=["metadatas"], **options)["metadatas"]
+            if self._collection.find() is not found:  # compacted meanwhile
+                continue
+            if not entries and found.id == position.log:
+                return
+            named = [key for entry in entries for key in json.loads(entry["keys"])]
+            keys = list(dict.fromkeys(named))
+            weights = {row.key: row.lexical for row in self._rows(keys)}
+            position = Position(found.id, number + len(entries))
+            yield position, [(key, weights.get(key)) for key in keys]
+
+    def keep_only(self, keys: Sequence[str], replace: Replace) -> None:
+        """Write a new collection."""
+        if self._collection.find() is not None:
+            replace(self._collection, lambda copy: self._copy(copy, keys))
+
+    def _copy(self, target: GuardedCollection, keys: Sequence[str]) -> None:
+        for page in batch_iterate(_PAGE, keys):
+            codes = dict(self._codes(page))
+            _put(target, [row._replace(codes=codes.get(row.key)) for row in self._rows(page)])
+
+    def drop(self) -> None:
+        """Delete the collection."""
+        with contextlib.suppress(NotFoundError):
+            self._session.client.delete_collection(self._collection.name)
+        self._collection.forget()
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        _put(self._collection, rows)
+
+    def _kept(self, keys: Sequence[str]) -> Iterable[tuple[str, Kept]]:
+        coded = set(self._get(list(map(_codes_id, keys)), include=[])["ids"])
+        return (
+            (row.key, Kept(row.cut_at, row.lexical is not None, _codes_id(row.key) in coded))
+            for row in self._rows(keys)
+        )
+
+    def _codes(self, keys: Sequence[str]) -> Iterable[tuple[str, bytes]]:
+        ids = dict(zip(map(_codes_id, keys), keys, strict=True))
+        found = self._get(list(ids))
+        columns = zip(found["ids"], found["metadatas"], strict=True)
+        return ((ids[each], base64.b64decode(entry["codes"])) for each, entry in columns)
+
+    def _rows(self, keys: Sequence[str]) -> list[Row]:
+        """Rows without codes."""
+        found = self._get(list(keys))
+        columns = zip(found["ids"], found["metadatas"], strict=True)
+        packed = ((key, each.get("cut_at"), each.get("lexical")) for key, each in columns)
+        return [
+            Row(key, cut_at, None if text is None else base64.b64decode(text))
+            for key, cut_at, text in packed
+        ]
+
+    def _get(self, ids: Sequence[str], include: Sequence[str] = ("metadatas",)) -> Any:
+        if not ids or self._collection.find() is None:
+            return {"ids": [], "metadatas": []}
+        return self._collection.get(ids, include=list(include))
+
+
+def _put(collection: GuardedCollection, rows: Sequence[Row]) -> None:
+    """Write rows and their log, in requests that a server takes."""
+    for window in windows(rows, _size, _REQUEST_BYTES, _REQUEST_ROWS):
+        records = [record for row in window for record in _records(row)]
+        _upsert(collection, [*records, _entry([row.key for row in window])])
+
+
+def _upsert(
+    collection: GuardedCollection, records: Sequence[tuple[str, Mapping[str, Any]]]
+) -> None:
+    ids, metadatas = zip(*records, strict=True)
+    # Chroma wants vectors.
+    collection.upsert(ids=ids, metadatas=metadatas, embeddings=np.ones((len(ids), 1), np.float32))
+
+
+def _entry(keys: Sequence[str]) -> tuple[str, dict[str, str]]:
+    return uuid.uuid4().hex, {"kind": "log", "keys": json.dumps(keys)}
+
+
+def _records(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Records of a row; Chroma removes a value that is None, and keeps one that is left out."""
+    lexical = {} if row.lexical is None else {"lexical": base64.b64encode(row.lexical).decode()}
+    yield row.key, {"kind": "row", "cut_at": row.cut_at, **lexical}
+    if row.codes is not None:
+        yield _codes_id(row.key), {"kind": "codes", "codes": base64.b64encode(row.codes).decode()}
+
+
+def _codes_id(key: str) -> str:
+    return f"{key}.codes"
+
+
+def _size(row: Row) -> int:
+    return len(row.key) + len(row.lexical or b"") + len(row.codes or b"")
