@@ -30,7 +30,7 @@ PROMPTS = {"query": "query: ", "document": "passage: "}
 LENGTHS = {"query": 60, "document": 500}  # of the texts that the heads are fitted on, in characters
 RIDGE, STEADINESS = 2000.0, 20.0  # see `fit_lexical`
 COMMON = 5.5  # rarity that weighs nothing: that of the most common pieces
-LEXICAL_SCALE = 0.06  # brings lexical scores to the order of cosines
+LEXICAL_SCALE = 0.1  # brings lexical scores to the order of cosines
 BATCH = 32
 
 PARTS = {  # names of the file, and those of transformers

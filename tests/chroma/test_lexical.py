@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 from itertools import pairwise
 
@@ -12,8 +13,10 @@ from chromadb.api.models.Collection import Collection
 from hashed_embeddings import HashedEmbeddings
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from langchain_core.documents import Document
 
-from langchain_bge_dense.chroma import compact, lexical, open_chroma
+from langchain_bge_dense import BGEM3Retriever
+from langchain_bge_dense.chroma import compact, index_documents, lexical, open_chroma
 from langchain_bge_dense.chroma.companions import Encoded, key_of, passage_of
 from langchain_bge_dense.chroma.lexical import Batch, LexicalWeights
 
@@ -202,3 +205,21 @@ def test_compaction_writes_what_is_stored_in_large_entries(monkeypatch):
         each.sync()
         assert each.scores({1: 1.0, 7: 1.0}).values.tolist() == [1.0, 4.0, 4.0]
         assert len(each) == 3
+
+
+def test_the_ids_of_a_whole_vocabulary_are_found_again(small, tmp_path):
+    """BGE-M3's ids end at 250,001, that of `<mask>`."""
+    text = "耶稣 <mask>"
+    with contextlib.closing(
+        open_chroma(small, "ends", persist_directory=tmp_path, lexical=True)
+    ) as store:
+        index_documents(store, [Document(text), Document("bread")])
+    with contextlib.closing(open_chroma(small, "ends", persist_directory=tmp_path)) as store:
+        retriever = BGEM3Retriever(vectorstore=store, k=1, weights=(0, 1, 0), scores=True)
+        [found] = retriever.invoke(text)
+    [passage] = small.encode([text], lexical=True).lexical
+    [query] = small.encode([text], lexical=True, query=True).lexical
+    assert max(passage) == max(query) == 250_001
+    assert found.page_content == text
+    score = found.metadata["bge_m3_lexical_score"]
+    assert score == pytest.approx(by_hand(query, passage), rel=0.01)  # kept in half precision

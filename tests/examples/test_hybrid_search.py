@@ -238,7 +238,7 @@ def test_the_small_model_is_not_taken_for_bge_m3(model, handbook_db, tmp_path, m
     path = tmp_path / "page.html"
     options = ["--small", "--db", str(handbook_db), "--query", "x", "--html", str(path)]
     assert hybrid_search.main(options) == 0
-    assert "Model: a small English model for demonstrations, not BGE-M3." in page(path).footer.text
+    assert "Model: a small model for demonstrations, not BGE-M3." in page(path).footer.text
 
 
 @pytest.mark.parametrize(
