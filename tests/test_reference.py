@@ -169,7 +169,7 @@ def test_a_callers_own_model_gives_the_same_and_stays_usable(
 
 
 def test_outputs_of_real_weights_equal_the_reference(
-    small: BGEM3Embeddings, small_checkpoint: Path
+    prompted: BGEM3Embeddings, small_checkpoint: Path
 ) -> None:
     from FlagEmbedding import BGEM3FlagModel
 
@@ -181,7 +181,7 @@ def test_outputs_of_real_weights_equal_the_reference(
         for text in PROSE
     ]
     expected = {key: [output[key][0] for output in outputs] for key in outputs[0]}
-    assert_equal(encode(small, PROSE), expected, list(range(len(PROSE))))
+    assert_equal(encode(prompted, PROSE), expected, list(range(len(PROSE))))
 
 
 LOWEST_COSINE = {"bfloat16": 0.999, "float16": 0.99999, "int8": 0.99}

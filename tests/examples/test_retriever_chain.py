@@ -331,10 +331,10 @@ def test_a_missing_provider_is_named():
         load_chat_model("anthropic:claude-sonnet-4-0")
 
 
-def test_scores_are_cosines(run, folder, tmp_path, small):
+def test_scores_are_cosines(run, folder, tmp_path, prompted):
     (folder / "cat.txt").write_text("a cat")
     ran = run("--query", "a cat", documents=folder, db=tmp_path / "db")
-    cosine = np.dot(small.embed_query("a cat"), small.embed_documents(["a cat"])[0])
+    cosine = np.dot(prompted.embed_query("a cat"), prompted.embed_documents(["a cat"])[0])
     assert ran.out.startswith(f"> a cat\n 1  {cosine:.2f}  cat.txt\n")
     assert float(re.search(r"^ 2  (\S+)", ran.out, re.MULTILINE)[1]) < cosine
 

@@ -98,20 +98,20 @@ def test_a_sentence_has_the_ids_that_bge_m3_published(small_checkpoint: Path) ->
 
 
 def test_colbert_vectors_of_different_texts_point_different_ways(
-    small: BGEM3Embeddings, small_checkpoint: Path
+    prompted: BGEM3Embeddings, small_checkpoint: Path
 ) -> None:
     head = torch.load(small_checkpoint / HEADS[0], weights_only=True)
     assert torch.equal(head["weight"], torch.eye(384))
     texts = ["Bees make honey from nectar.", "Express trains do not stop here.", "干白葡萄酒"]
-    one, two, three = small.encode(texts, colbert=True).colbert
+    one, two, three = prompted.encode(texts, colbert=True).colbert
     for first, second in ((one, two), (one, three), (two, three)):
         assert np.abs((first[2:-1] @ second[2:-1].T).mean()) < 0.25  # of e5's own states: 0.8
 
 
 @pytest.mark.parametrize("query", [False, True])
-def test_lexical_weights_leave_out_cls_and_eos(small: BGEM3Embeddings, query: bool) -> None:
+def test_lexical_weights_leave_out_cls_and_eos(prompted: BGEM3Embeddings, query: bool) -> None:
     texts = ["", "The river Inn rises near the Maloja Pass.", "中文, emoji 😀 and\x00NULs"]
-    lexical = small.encode(texts, lexical=True, query=query).lexical
+    lexical = prompted.encode(texts, lexical=True, query=query).lexical
     assert all(lexical[1:])
     assert not {0, 1, 2, 3} & {token for each in lexical for token in each}
 
@@ -124,8 +124,8 @@ def test_lexical_weights_leave_out_cls_and_eos(small: BGEM3Embeddings, query: bo
     ],
 )
 def test_rare_words_weigh_more_than_common_ones(
-    small: BGEM3Embeddings, text: str, rare: tuple[str, ...], common: tuple[str, ...]
+    prompted: BGEM3Embeddings, text: str, rare: tuple[str, ...], common: tuple[str, ...]
 ) -> None:
-    [weights] = small.encode([text], lexical=True).lexical
-    named = small.tokens(weights)
+    [weights] = prompted.encode([text], lexical=True).lexical
+    named = prompted.tokens(weights)
     assert min(named[word] for word in rare) > 1.4 * max(named.get(word, 0) for word in common)
