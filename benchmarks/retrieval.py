@@ -21,17 +21,16 @@ import statistics
 import sys
 import sysconfig
 import tempfile
-import time
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from beir_format import MEASURES, RetrievalSet, measures, write
+from beir_format import RetrievalSet, measures, write
 from candidates import CALLERS, FUSIONS, Candidates, Setting, default, rankings
-from common import finish, machine, median_seconds, show, text_of
+from common import finish, machine, show, text_of
 from langchain_core.documents import Document
-from quality import read, small
+from quality import LANGUAGES, read, small
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense.chroma import index_documents, open_chroma
@@ -51,7 +50,6 @@ PUBLISHED = {
     "mldr": ("test, nDCG@10, mean of 13 languages", (52.5, 62.2, 57.6, 64.8, 65.0)),
     "narrativeqa": ("nDCG@10", (48.7, 57.5, 55.4, 60.1, 61.7)),
 }
-TIMED = 5  # queries whose ColBERT vectors are computed at query time: it takes seconds
 NAMED = ((0.4, 0.2, 1), (0.4, 0.2, 0.4))  # the retriever's, and those of the model's authors
 SINGLE = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 DEPTHS = (20, 50, 100)  # candidates that ColBERT scores
@@ -76,9 +74,8 @@ def docstrings(most: int) -> tuple[list[str], list[str], list[int]]:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Write XQuAD and the docstrings in BEIR's format."""
-    for language in ("en", "zh"):
-        texts = read(arguments.data / f"xquad.{language}.json")
-        write(arguments.folder / f"xquad-{language}", *texts)
+    for languages in LANGUAGES:
+        write(arguments.folder / f"xquad-{languages}", *read(arguments.data, languages))
     write(arguments.folder / "docstrings", *docstrings(600))
 
 
@@ -108,7 +105,10 @@ def run(arguments: argparse.Namespace) -> None:
         for name, row in rows.items():  # ColBERT reorders the best 100 of the others
             row["R@100"] = rows[REORDERED.get(name.split(", ")[0], name)]["R@100"]
         results[texts.name] = rows
-        show_set(texts, rows)
+    for measure in ("R@1", "nDCG@10", "bytes"):
+        show_measure(measure, results)
+    for name in results:
+        show_published(name)
     finish("retrieval", results)
 
 
@@ -135,16 +135,17 @@ def without_codes(embeddings: Any, texts: RetrievalSet) -> Rows:
     """The first two signals, and ColBERT from vectors computed at query time."""
     with filled(embeddings, texts) as (store, taken):
         rows = {
-            "dense": search(BGEM3Retriever(vectorstore=store, weights=(1, 0, 0)), texts, 100),
-            "lexical": search(BGEM3Retriever(vectorstore=store, weights=(0, 1, 0)), texts, 100),
-            "dense + lexical": search(BGEM3Retriever(vectorstore=store), texts, 100),
+            name: search(BGEM3Retriever(vectorstore=store, weights=weights), texts, 100)
+            for name, weights in {
+                "dense": (1, 0, 0),
+                "lexical": (0, 1, 0),
+                "dense + lexical": default("weights"),
+            }.items()
         }
         found = Candidates.of(store, list(texts.queries.values()))
-        questions = list(texts.queries.values())[:TIMED]
         for name, weights in colbert_weights().items():
             ordered = rankings(texts, found, Setting("standard", DEPTH, weights), 10)
-            ms = median_ms(with_colbert(store, weights), questions)
-            rows[f"{name}, exact"] = {**measures(texts.relevant, ordered), "ms": ms}
+            rows[f"{name}, exact"] = measures(texts.relevant, ordered)
     return {name: {**row, "bytes": taken} for name, row in rows.items()}
 
 
@@ -172,48 +173,36 @@ def colbert_weights() -> dict[str, tuple[float, ...]]:
 
 
 def search(retriever: BGEM3Retriever, texts: RetrievalSet, most: int) -> dict[str, float]:
-    """Measures of the first 10, and the time of one call; R@100 takes `most` of 100."""
-    questions = list(texts.queries.values())
-    retriever.invoke(questions[0])  # reads the index
-    first, seconds = [], []
-    for question in questions:
-        start = time.perf_counter()
-        first.append(retriever.invoke(question, k=10))
-        seconds.append(time.perf_counter() - start)
-    measured = measures(texts.relevant, by_query(texts, first))
-    if most > 10:
-        found = retriever.batch(questions, {"max_concurrency": CALLERS}, k=most)
-        measured["R@100"] = measures(texts.relevant, by_query(texts, found))["R@100"]
-    return {**measured, "ms": statistics.median(seconds) * 1e3}
+    """Measures of the first 10; R@100 takes the first `most`."""
+    queries = list(texts.queries.values())
+
+    def at(k: int) -> dict[str, float]:
+        found = retriever.batch(queries, {"max_concurrency": CALLERS}, k=k)
+        ids = [[str(document.id) for document in documents] for documents in found]
+        return measures(texts.relevant, dict(zip(texts.queries, ids, strict=True)))
+
+    return at(10) if most == 10 else {**at(10), "R@100": at(most)["R@100"]}
 
 
-def by_query(texts: RetrievalSet, found: list[list[Document]]) -> dict[str, list[str]]:
-    ids = [[str(document.id) for document in documents] for documents in found]
-    return dict(zip(texts.queries, ids, strict=True))
-
-
-def median_ms(retriever: BGEM3Retriever, questions: list[str]) -> float:
-    remaining = iter(questions)
-    return median_seconds(lambda: retriever.invoke(next(remaining)), len(questions)) * 1e3
-
-
-def show_set(texts: RetrievalSet, rows: Rows) -> None:
-    print(f"{texts.name}: {len(texts.queries):,} queries\n")
+def show_measure(measure: str, results: dict[str, Rows]) -> None:
+    """One measure of every signal on every set."""
+    print(f"{measure} a passage\n" if measure == "bytes" else f"{measure}\n")
+    form = ",.0f" if measure == "bytes" else ".4f"
+    signals = dict.fromkeys(signal for rows in results.values() for signal in rows)
     table = [
-        [
-            name,
-            *(f"{row[measure]:.4f}" for measure in MEASURES),
-            f"{row['bytes']:,}",
-            f"{row['ms']:.0f} ms",
-        ]
-        for name, row in rows.items()
+        [signal, *(format(rows[signal][measure], form) for rows in results.values())]
+        for signal in signals
     ]
-    show(["signals", *MEASURES, "bytes a passage", "a query"], table)
-    for name, (source, figures) in PUBLISHED.items():
-        if texts.name.lower().startswith(name):
-            print(f"\nBGE-M3 as published (arXiv:2402.03216), {source}:\n")
-            show(SIGNALS, [figures])
+    show(["signals", *results], table)
     print()
+
+
+def show_published(name: str) -> None:
+    for start, (source, figures) in PUBLISHED.items():
+        if name.lower().startswith(start):
+            print(f"{name}: BGE-M3 as published (arXiv:2402.03216), {source}:\n")
+            show(SIGNALS, [figures])
+            print()
 
 
 def weights(arguments: argparse.Namespace) -> None:

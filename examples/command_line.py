@@ -26,7 +26,7 @@ def model_options(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", default="BAAI/bge-m3", help="hub id or folder of a checkpoint")
-    model.add_argument("--small", action="store_true", help="a small model, English only")
+    model.add_argument("--small", action="store_true", help="a small model, for a first look")
     model.add_argument("--server", help="URL of langchain_bge_dense.serve, which has the model")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning"])
     return parser

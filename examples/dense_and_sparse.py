@@ -4,7 +4,7 @@ See what BGE-M3 makes of one passage: a dense vector and lexical weights, of one
 
 python examples/dense_and_sparse.py                    # BAAI/bge-m3, a Chinese passage
 python examples/dense_and_sparse.py --model ./bge-m3   # a checkpoint folder
-python examples/dense_and_sparse.py --small            # a small English model, no download
+python examples/dense_and_sparse.py --small            # a small model
 """
 
 import sys
@@ -17,13 +17,9 @@ from display import console, quoted, write
 
 from langchain_bge_dense import BGEM3Embeddings
 
-CHINESE = (
+PASSAGE = (
     "稠密向量把整段文字的意思压缩成一串数字，意思相近的段落在空间里彼此靠近；"
     "稀疏权重则给每个词元一个分数，分数越高，这个词元对检索越重要。"
-)
-ENGLISH = (
-    "A dense vector squeezes the meaning of a whole passage into a row of numbers, so that similar "
-    "passages lie close together; lexical weights give each token a score for how much it matters."
 )
 
 
@@ -42,8 +38,7 @@ def show(embeddings: BGEM3Embeddings, passage: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args = model_options("Show what a passage becomes.").parse_args(arguments)
-    passage = ENGLISH if args.small else CHINESE
-    return exit_status(lambda args: show(find_model(args), passage), args)
+    return exit_status(lambda args: show(find_model(args), PASSAGE), args)
 
 
 if __name__ == "__main__":

@@ -38,20 +38,18 @@ def open_documents(args: argparse.Namespace, *, lexical: bool = False) -> Chroma
 
 def open_folder(args: argparse.Namespace) -> tuple[Chroma, Path]:
     """Load the model, and open the collection of the folder as it is."""
-    folder = Path(args.documents or (HANDBOOK / "en" if args.small else HANDBOOK))
+    folder = Path(args.documents or HANDBOOK)
     embeddings = find_model(args).load()
     return open_collection(embeddings, args.db or default_db(embeddings), folder), folder
 
 
 def model_note(args: argparse.Namespace) -> str:
-    """Say which model is loaded; the small one understands English only."""
-    if not args.small:
-        return f"Loading {args.model}." if not args.server else f"The model is on {args.server}."
-    others = "may be missed" if args.documents else "(the Chinese ones) are left out"
-    return (
-        f"A small model that understands English alone: documents in other languages {others}. "
-        "The same command without --small takes BAAI/bge-m3 (2.3 GB), which reads them all."
-    )
+    """Say which model is loaded."""
+    if args.server:
+        return f"The model is on {args.server}."
+    if args.small:
+        return "A small model, for a first look: without --small it is BAAI/bge-m3 (2.3 GB)."
+    return f"Loading {args.model}."
 
 
 def default_db(embeddings: BGEM3Embeddings) -> Path:

@@ -4,7 +4,7 @@ The signals of BGE-M3 side by side: dense, lexical, both, and with ColBERT, for 
 
 python examples/hybrid_search.py                                # the handbook, at a prompt
 python examples/hybrid_search.py --query "Which shelf is VS-2208-K on?" --html page.html
-python examples/hybrid_search.py --small                        # a small English model
+python examples/hybrid_search.py --small                        # a small model
 """
 
 import argparse
@@ -41,6 +41,8 @@ QUESTIONS = (
     "Why is DB-0090-L left-handed?",
     "What is Liu's warning about long contexts?",
     "What stops a tap from dripping?",
+    "HX-0417-R 用哪种保险丝？",
+    "ColBERT 需要多少空间？",
 )
 
 
@@ -205,7 +207,7 @@ def write_page(path: Path, answers: Sequence[Answer], model: str) -> None:
 def answerer(store: Chroma, args: argparse.Namespace) -> Callable[[str], None]:
     """Give the function that answers a question on the terminal and, if asked, on a page."""
     answers: list[Answer] = []
-    model = "a small English model for demonstrations, not BGE-M3" if args.small else args.model
+    model = "a small model for demonstrations, not BGE-M3" if args.small else args.model
 
     def answer(query: str) -> None:
         answers.append(search(store, query, args.k))

@@ -3,7 +3,7 @@
 Keep a Chroma collection in step with a folder, by LangChain's `index()` and its record manager.
 
 python examples/incremental_index.py notes/ --db db            # BAAI/bge-m3
-python examples/incremental_index.py notes/ --db db --small    # a small English model
+python examples/incremental_index.py notes/ --db db --small    # a small model
 
 Run it again after files have changed: passages that are as they were are not embedded again, those
 of changed files take the place of the old ones, and those of deleted files leave the collection.

@@ -5,7 +5,7 @@ From a folder of text files to an answer, in a few lines to copy.
 python examples/quickstart.py notes/ "What did we decide about the logo?"
 python examples/quickstart.py notes/ "Who is in charge?" --llm ollama:llama3.1    # an answer, too
 
-`--model "$(python examples/small_model.py)"` takes a small English model.
+`--model "$(python examples/small_model.py)"` takes a small model.
 """
 
 import argparse

@@ -4,7 +4,7 @@ Embed a folder of Parquet or JSONL on a Ray cluster, and load the vectors into a
 
 chroma run --path db                                                 # the server
 python examples/ray_index.py passages/ --vectors vectors/            # BAAI/bge-m3
-python examples/ray_index.py passages/ --vectors vectors/ --small    # a small English model
+python examples/ray_index.py passages/ --vectors vectors/ --small    # a small model
 
 Vectors are kept as Parquet beside the other columns. Files whose vectors are there are not embedded
 again, and rows that the collection has are not sent again: after a crash, run the same command.

@@ -5,10 +5,11 @@ Ask questions of a folder of documents: BGE-M3, LangChain and Chroma, all on thi
 python examples/retriever_chain.py                              # the handbook, at a prompt
 python examples/retriever_chain.py --documents ~/papers --query "What did they measure?"
 python examples/retriever_chain.py --llm ollama:llama3.1        # answers, not only passages
-python examples/retriever_chain.py --small                      # a small English model
+python examples/retriever_chain.py --small                      # a small model
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import needs  # noqa: F401 - says what is missing
 
 from command_line import ask, check, exit_status, search_options
-from display import location, show_answer, show_passages
+from display import CJK, location, show_answer, show_passages
 from folder_index import open_documents
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseChatModel
@@ -33,7 +34,13 @@ QUESTIONS = (
     "Which figure rewards a right answer at the top of the list?",
     "How do I merge the results of keyword search and dense search?",
     "What is a cross-encoder?",
+    "稠密向量是什么？",
+    "为什么相似度是负数？",
+    "Which wine goes with fish?",  # nothing in the handbook
 )
+
+# Least dense scores of passages that answer, by model: to questions in Chinese, in other languages.
+LEAST = {"small-m3": (0.87, 0.825)}
 
 INSTRUCTION = (
     "Answer from the numbered passages alone and cite their numbers, like [1]. If they do not hold "
@@ -81,12 +88,25 @@ def load_chat_model(name: str) -> BaseChatModel:
     return attempt(step, name, f"--llm {name}")[0]
 
 
+def least_score(question: str, fingerprint: str) -> float:
+    """Give the dense score below which a passage seems not to answer; -1 for other models.
+
+    Measured on XQuAD, English and Chinese: 6 % of the questions have no passage above it though
+    the answer is there; 93 % and 83 % have none where the article that answers is left out.
+    """
+    chinese = re.search(f"[{CJK}]", question)
+    scores = (score for name, score in LEAST.items() if fingerprint.startswith(name))
+    return next(scores, (-1, -1))[0 if chinese else 1]
+
+
 def answerer(
-    retriever: Runnable[str, list[Document]], model: BaseChatModel | None
+    retriever: Runnable[str, list[Document]], model: BaseChatModel | None, fingerprint: str = ""
 ) -> Callable[[str], None]:
     """Give the function that answers a question on the terminal, with or without a chat model."""
     if model is None:
-        return lambda question: show_passages(retriever.invoke(question))
+        return lambda question: show_passages(
+            retriever.invoke(question), least_score(question, fingerprint)
+        )
     answer = answer_chain(retriever, model)
     return lambda question: show_answer(attempt(answer, question, "No answer"))
 
@@ -97,7 +117,8 @@ def run(args: argparse.Namespace) -> None:
     chat_model = load_chat_model(args.llm) if args.llm else None
     store = open_documents(args)
     retriever = BGEM3Retriever(vectorstore=store, k=args.k, weights=(1, 0, 0), scores=True)
-    ask(answerer(retriever, chat_model), args.query, QUESTIONS)
+    fingerprint = store.embeddings.fingerprint
+    ask(answerer(retriever, chat_model, fingerprint), args.query, QUESTIONS)
 
 
 def main(arguments: list[str] | None = None) -> int:

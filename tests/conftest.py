@@ -46,8 +46,15 @@ def tiny(tiny_checkpoint: Path) -> Iterator[BGEM3Embeddings]:
 
 
 @pytest.fixture(scope="session")
-def small(small_checkpoint: Path) -> Iterator[BGEM3Embeddings]:
+def prompted(small_checkpoint: Path) -> Iterator[BGEM3Embeddings]:
+    """The small model as its users have it, with the prompts of its checkpoint."""
     yield from _embeddings(small_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def small(prompted: BGEM3Embeddings) -> BGEM3Embeddings:
+    """The small model without prompts: a text has one vector, as a query and as a document."""
+    return prompted.model_copy(update={"query_instruction": "", "document_instruction": ""})
 
 
 def _embeddings(folder: Path) -> Iterator[BGEM3Embeddings]:

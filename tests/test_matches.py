@@ -54,10 +54,10 @@ def lexical_score(embeddings: BGEM3Embeddings, query: str, passage: str) -> floa
 def test_words_are_marked_whole_and_what_differs_is_not(small: BGEM3Embeddings) -> None:
     first, second = find_matches(small, PART, [SHELF, OTHER]).passages
     assert marked(first) == ["VS-2208-K", "seal", "shelf"]
-    assert marked(second) == ["VS", "K", "seal", "shelf"]
+    assert marked(second) == ["VS-22", "K", "seal", "shelf"]
     assert first.lexical_score > second.lexical_score
-    assert first.words.keys() > {"2208", "shelf", "seal"}
-    assert "2208" not in second.words
+    assert first.words.keys() > {"-2208", "shelf", "seal"}
+    assert "-2208" not in second.words
 
 
 @pytest.mark.parametrize("query", [PART, "seal seal, the seal", "Büttcher's C-14 on a shelf", ""])
@@ -168,8 +168,8 @@ def test_a_token_finds_the_most_similar_one(small: BGEM3Embeddings, length: int 
     texts = [*spans[: len(held) - 1], ""]
     best = (asked @ held.T).argmax(axis=1)
     assert [t.passage_text for t in match.similar] == [texts[column] for column in best]
-    assert (length is None) == ("shelf" in {t.passage_text for t in match.similar})
-    assert "" in {t.passage_text for t in match.similar}
+    assert (length is None) == ("she" in {t.passage_text for t in match.similar})
+    assert length or "" in {t.passage_text for t in match.similar}
     similarities = [t.similarity for t in match.similar]
     np.testing.assert_allclose(similarities, (asked @ held.T).max(axis=1), atol=1e-5)
 
@@ -178,8 +178,8 @@ def test_tokens_of_an_instruction_have_no_place(small: BGEM3Embeddings) -> None:
     instructed = small.model_copy(update={"document_instruction": "on a shelf: "})
     [match] = find_matches(instructed, "shelf seal", ["a seal"]).passages
     found = {token.text: token for token in match.similar}
-    assert found["shelf"][:4] == ("shelf", "", 0, 0)
-    assert found["shelf"].similarity > 0.8
+    assert found["she"][:4] == ("she", "", 0, 0)
+    assert found["she"].similarity > 0.8
     assert found["seal"][1:4] == ("seal", 2, 6)
 
 
@@ -200,7 +200,7 @@ def test_similarities_are_those_that_a_retriever_has_from_codes(
         abs(m.colbert_score - e.colbert_score) for m, e in zip(found, exact, strict=True)
     ]
     assert max(differences) > 1e-5
-    assert {t.text: t.passage_text for t in found[0].similar}["2208"[:3]] == "220"
+    assert {t.text: t.passage_text for t in found[0].similar}["-22"] == "-22"
     store.delete_collection()
 
 
@@ -326,8 +326,8 @@ def test_a_page_needs_nothing_else_and_a_notebook_gets_the_fragment(small: BGEM3
 def test_a_stronger_mark_is_a_larger_weight(small: BGEM3Embeddings) -> None:
     page = BeautifulSoup(find_matches(small, PART, [SHELF]).to_html(), "html.parser")
     strengths = {mark.text: mark["style"] for mark in page.select(".query mark")}
-    assert strengths["shelf"] == "--strength: 1.00"
-    assert strengths["?"] < "--strength: 0.20"
+    assert strengths["seal"] == "--strength: 1.00"
+    assert strengths["the"] < "--strength: 0.50"
     assert "--strength: 1.00" in {mark["style"] for mark in page.select(".text mark")}
 
 

@@ -34,6 +34,7 @@ PROSE = [
     "The river Inn rises near the Maloja Pass; its glaciers are shrinking.",
     "An embedding turns a passage of text into a dense vector of numbers.",
     "Spare part QX-7731 fits the older model.",
+    "稠密向量把整段文字的意思压缩成一串数字；稀疏权重给每个词元一个分数。",
 ]
 POSITIONS = 512
 ODD = [
@@ -160,6 +161,22 @@ def test_a_callers_own_model_gives_the_same_and_stays_usable(
     assert_equal(encoding, reference, list(range(len(texts))))
     again = flag.encode(["free"], max_length=POSITIONS)["dense_vecs"][0]
     np.testing.assert_allclose(again, embeddings.embed_query("free"), atol=1e-6)
+
+
+def test_outputs_of_real_weights_equal_the_reference(
+    prompted: BGEM3Embeddings, small_checkpoint: Path
+) -> None:
+    from FlagEmbedding import BGEM3FlagModel
+
+    flag = BGEM3FlagModel(
+        str(small_checkpoint), use_fp16=False, devices="cpu", pooling_method="mean"
+    )
+    outputs = [
+        flag.encode([f"passage: {text}"], return_sparse=True, return_colbert_vecs=True)
+        for text in PROSE
+    ]
+    expected = {key: [output[key][0] for output in outputs] for key in outputs[0]}
+    assert_equal(encode(prompted, PROSE), expected, list(range(len(PROSE))))
 
 
 LOWEST_COSINE = {"bfloat16": 0.999, "float16": 0.99999, "int8": 0.99}

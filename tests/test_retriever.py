@@ -375,11 +375,11 @@ def test_passages_are_counted_once_until_something_is_written(
         retriever.invoke("spare part")
 
 
-def test_weights_survive_on_disk(small: BGEM3Embeddings, tmp_path: Path) -> None:
+def test_weights_survive_on_disk(prompted: BGEM3Embeddings, tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    filled(small, [*FILLER[:5], PART], persist_directory=tmp_path)
+    filled(prompted, [*FILLER[:5], PART], persist_directory=tmp_path)
     code = (
         "import sys; from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever\n"
         "from langchain_bge_dense.chroma import open_chroma\n"
@@ -388,7 +388,7 @@ def test_weights_survive_on_disk(small: BGEM3Embeddings, tmp_path: Path) -> None
         "[found] = BGEM3Retriever(scores=True, vectorstore=store, k=1).invoke('ZB-2204')\n"
         "print(found.page_content, found.metadata['bge_m3_lexical_score'] > 0)\n"
     )
-    command = [sys.executable, "-c", code, small.model, str(tmp_path)]
+    command = [sys.executable, "-c", code, prompted.model, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"{PART} True\n"
 

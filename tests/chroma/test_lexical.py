@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import pairwise
 
 import numpy as np
@@ -10,8 +11,16 @@ from hashed_embeddings import HashedEmbeddings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inside import index_of, keep
+from langchain_core.documents import Document
 
-from langchain_bge_dense.chroma import BGEM3Chroma, compact, open_chroma, signals
+from langchain_bge_dense import BGEM3Retriever
+from langchain_bge_dense.chroma import (
+    BGEM3Chroma,
+    compact,
+    index_documents,
+    open_chroma,
+    signals,
+)
 from langchain_bge_dense.chroma.lexical import LexicalIndex
 from langchain_bge_dense.chroma.records import key_of
 from langchain_bge_dense.chroma.signals import Position, pack, unpack
@@ -166,3 +175,21 @@ def test_indexes_follow_a_compaction(store):
         scores = each.scores({1: 1.0, 7: 1.0}).of(keys("0", "1", "2", "3"))
         np.testing.assert_array_equal(scores, [1.0, np.nan, 4.0, np.nan])
         assert len(each) == 2
+
+
+def test_the_ids_of_a_whole_vocabulary_are_found_again(small, tmp_path):
+    """BGE-M3's ids end at 250,001, that of `<mask>`."""
+    text = "耶稣 <mask>"
+    with contextlib.closing(
+        open_chroma(small, "ends", persist_directory=tmp_path, lexical=True)
+    ) as store:
+        index_documents(store, [Document(text), Document("bread")])
+    with contextlib.closing(open_chroma(small, "ends", persist_directory=tmp_path)) as store:
+        retriever = BGEM3Retriever(vectorstore=store, k=1, weights=(0, 1, 0), scores=True)
+        [found] = retriever.invoke(text)
+    [passage] = small.encode([text], lexical=True).lexical
+    [query] = small.encode([text], lexical=True, query=True).lexical
+    assert max(passage) == max(query) == 250_001
+    assert found.page_content == text
+    score = found.metadata["bge_m3_lexical_score"]
+    assert score == pytest.approx(by_hand(query, passage), rel=0.01)  # kept in half precision

