@@ -8,9 +8,11 @@ less their mean, as e5's states all point one way. Lexical is a ridge regression
 rarity of their piece, minus its log-probability in the vocabulary, fitted on the documents of the
 examples. With one torch, a machine gives the same heads to the last bit.
 
-    python examples/small_model.py    # builds it once, prints its folder
+    python examples/small_model.py                # builds it once, in the user's cache
+    python examples/small_model.py small-model    # builds it in this folder
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -236,4 +238,6 @@ def token_states(
 
 
 if __name__ == "__main__":
-    print(build())
+    parser = argparse.ArgumentParser(description="Build a small model that reads many languages.")
+    parser.add_argument("folder", type=Path, nargs="?", help="where (default: the user's cache)")
+    print(build(parser.parse_args().folder))

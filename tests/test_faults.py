@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from indexing_process import BATCH
 from langchain_core.documents import Document
 from test_recovery import contents
+from tiny_m3 import build
 
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense.chroma import index_documents, open_chroma
@@ -235,6 +236,42 @@ def test_two_hundred_callers(tiny_checkpoint, tmp_path, record_property):
         f"{callers.cancelled:,} cancelled, {callers.bad:,} bad, {documents:,} documents indexed; "
         f"memory grew by {growth - 1:.1%}",
     )
+
+
+MANY_SIZES = """
+import random, sys
+from langchain_bge_dense import BGEM3Embeddings
+
+def resident():
+    pages = open("/proc/self/statm").read().split()[1]
+    return int(pages) * 4096 / 2**20
+
+embeddings = BGEM3Embeddings(model=sys.argv[1], device="cpu", dtype=sys.argv[2])
+
+def run(tokens):
+    words = ["a"] * (tokens - 2)
+    embeddings.encode([" ".join(words)], lexical=True, colbert=True)
+
+for size in (1_000, 512, 300):
+    run(size)
+before = resident()
+for size in random.Random(1).sample(range(8, 1_000), 240):
+    run(size)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system has no /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_memory_of_many_sizes(tmp_path, record_property, dtype):
+    """One layer is enough: what is kept of a size is the same for all of them."""
+    folder = build(
+        tmp_path / "wide", layers=1, hidden=1_024, heads=16, intermediate=4_096, positions=1_026
+    )
+    command = [sys.executable, "-c", MANY_SIZES, str(folder), dtype]
+    run = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
+    assert float(run.stdout) < 150  # without limits 776 to 1,051, and growing
+    record_property("tried", f"{dtype}: 240 sizes took {float(run.stdout):.0f} MiB")
 
 
 LONGEST, MOST = 20_000, 500

@@ -9,14 +9,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import openai
-import pytest
 from model_server import served
 
 from langchain_bge_dense import BGEM3Embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPET = re.compile(r"```python\n(.*?)```\n(?:```text\n(.*?)```\n)?", re.DOTALL)
@@ -27,17 +25,6 @@ def text() -> str:
     return README.read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def _small_model_by_default(small_checkpoint: Path) -> Iterator[None]:
-    """Put the small checkpoint in the place of BAAI/bge-m3."""
-    field = BGEM3Embeddings.model_fields["model"]
-    own, field.default = field.default, str(small_checkpoint)
-    BGEM3Embeddings.model_rebuild(force=True)
-    yield
-    field.default = own
-    BGEM3Embeddings.model_rebuild(force=True)
-
-
 def test_the_first_example_and_its_output_come_before_line_25() -> None:
     lines = text().splitlines()
     assert lines.index("```text") < 25
@@ -45,13 +32,15 @@ def test_the_first_example_and_its_output_come_before_line_25() -> None:
     assert [line for line in lines if len(line) > 100] == []
 
 
-@pytest.mark.usefixtures("_small_model_by_default")
-def test_snippets_print_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippets_print_what_the_page_says(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"openai": openai}
+    Path("small-model").symlink_to(small_checkpoint)
+    names: dict[str, Any] = {}
     snippets = SNIPPET.findall(text())
     assert len(snippets) >= 4
-    with served(BGEM3Embeddings()) as url:
+    with served(BGEM3Embeddings(model="small-model")) as url:
         for code, expected in snippets:
             assert run(code.replace("http://127.0.0.1:8000", url), names) == expected
         with names["client"] as client:

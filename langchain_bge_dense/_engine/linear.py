@@ -7,6 +7,7 @@ face, so they are looked up here alone, and tried on a small product before they
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     Linear = Callable[[Tensor], Tensor]
 
 logger = logging.getLogger(__name__)
+
+# A product is compiled for each number of rows, and oneDNN and PyTorch keep up to 1,024 of them:
+# about 5 MiB a size of batch (`test_memory_of_many_sizes` prints it). Both read their limit at their
+# first product. A batch needs five, and compiles them anew in milliseconds.
+for _limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_limit, "16")
 
 AMX = torch.cpu._is_amx_tile_supported()  # noqa: SLF001
 
