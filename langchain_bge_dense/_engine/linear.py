@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A product is compiled for each number of rows, and oneDNN and PyTorch keep up to 1,024 of them:
-# about 5 MiB a size of batch (`test_memory_of_many_sizes` prints it). Both read their limit at their
-# first product. A batch needs five, and compiles them anew in milliseconds.
-for _limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_limit, "16")
-
 AMX = torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+
+# A product is compiled for each number of rows, and oneDNN and PyTorch keep up to 1,024 of them:
+# about 5 MiB a size of batch (`test_memory_of_many_sizes` prints it). Both read their limit at
+# their first product. A batch needs six, and up to eighteen with attention by products (layers.py).
+_BY_PRODUCTS = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() and not AMX
+for _limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_limit, "24" if _BY_PRODUCTS else "8")
 
 _TOKEN_PEAK = 126  # bfloat16 may round a code of 127 up to 128, which int8 takes for -128
 _SMALLEST_PEAK = 1e-30  # of a row of zeros, which divides nothing
