@@ -1,4 +1,4 @@
-"""What importing the package costs beside LangChain's own base class.
+"""What importing the package costs beside LangChain's own base class, and the model's class.
 
     python benchmarks/start.py
 
@@ -12,11 +12,16 @@ import sys
 
 from common import finish, machine, show
 
+LIBRARIES = "import torch; from transformers import AutoModel, AutoTokenizer"
+OURS = "from langchain_bge_dense._engine.flag import flag_model_class; flag_model_class()"
 IMPORTS = {
     "langchain_core.embeddings": "import langchain_core.embeddings",
     "langchain_bge_dense": "import langchain_bge_dense",
     "Embeddings of langchain_core": "from langchain_core.embeddings import Embeddings",
     "BGEM3Embeddings": "from langchain_bge_dense import BGEM3Embeddings",
+    "torch and transformers": LIBRARIES,
+    "the same and BGEM3FlagModel, as a load imports it": f"{LIBRARIES}; {OURS}",
+    "the same and FlagEmbedding": f"{LIBRARIES}; import FlagEmbedding",
 }
 TIMER = "import time; start = time.perf_counter()\n{}\nprint(time.perf_counter() - start)"
 ROUNDS = 7

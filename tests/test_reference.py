@@ -200,11 +200,11 @@ def test_narrow_dtypes_stay_close(tiny: BGEM3Embeddings, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOWEST_COSINE)
-def test_narrow_dtypes_stay_close_on_real_weights(small: BGEM3Embeddings, dtype: str) -> None:
+def test_narrow_dtypes_stay_close_on_real_weights(prompted: BGEM3Embeddings, dtype: str) -> None:
     # A text without tokens is the worst one: in int8 its cosine is 0.98.
-    texts = [text for text in corpus()[::4] if small.count_tokens(text)] + PROSE
-    narrow = small.model_copy(update={"dtype": dtype})
-    assert_close(encode(narrow, texts), encode(small, texts), dtype)
+    texts = [text for text in corpus()[::4] if prompted.count_tokens(text)] + PROSE
+    narrow = prompted.model_copy(update={"dtype": dtype})
+    assert_close(encode(narrow, texts), encode(prompted, texts), dtype)
 
 
 def assert_close(found: M3Encoding, exact: M3Encoding, dtype: str) -> None:

@@ -199,7 +199,8 @@ def _load_without_data(folder: Path) -> tuple[Any, dict[str, Any]]:
             output_loading_info=True,
         )
     except Exception as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+        ending = "interpreter shutdown" in str(error)  # its threads are refused at exit
+        if ending or isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise
         msg = (
             f"{folder / 'config.json'} describes no model that transformers "

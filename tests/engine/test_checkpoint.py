@@ -21,6 +21,7 @@ from tiny_m3 import build
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense._engine.checkpoint import read_checkpoint
 from langchain_bge_dense._engine.files import digest_of, shapes
+from langchain_bge_dense.errors import BrokenCheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -207,7 +208,7 @@ def test_a_damaged_file_is_named_and_the_repaired_one_loads(
     embeddings = BGEM3Embeddings(model=folder, device="cpu", dtype="float32")
     with pytest.raises(ValueError, match=re.escape(name)) as caught:
         embeddings.load()
-    assert type(caught.value) is ValueError
+    assert type(caught.value) in {ValueError, BrokenCheckpointError}  # and not a parser's own
     assert str(folder) in str(caught.value)
     assert said in str(caught.value)
     shutil.copytree(tiny_checkpoint, folder, dirs_exist_ok=True)

@@ -270,6 +270,6 @@ def test_a_missing_product_is_told_once_for_a_model(
 ) -> None:
     checkpoint = read_checkpoint(tiny_checkpoint, "tiny")
     for _ in range(2):
-        loading.load_encoder(checkpoint, "cls", "cpu", "bfloat16")
+        loading.load_encoder(checkpoint, "cpu", "bfloat16")
     told = [line for line in caplog.messages if "no usable oneDNN product for bfloat16" in line]
     assert len(told) == 1
