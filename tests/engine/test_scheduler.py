@@ -195,9 +195,7 @@ class TestRequest:
         tokens = [Tokens(np.zeros(3, np.int32), 3)] * 4
         failed = Request(tokens, DENSE, 64, first=2_048)
         failed.deliver(2, None)
-        message = (
-            r"^Text 2050 has a non-finite vector, .*\. The checkpoint's .* the original\.$"
-        )
+        message = r"^Text 2050 has a non-finite vector, .*\. The checkpoint's .* the original\.$"
         with pytest.raises(FloatingPointError, match=message):
             failed.future.result()
 
