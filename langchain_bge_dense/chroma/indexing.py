@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from langchain_bge_dense._engine.calls import reporting
 from langchain_bge_dense.chroma.records import record
-from langchain_bge_dense.chroma.settings import Wanted, fingerprint_of
+from langchain_bge_dense.chroma.settings import Wanted
 from langchain_bge_dense.chroma.signals import Encoded
 from langchain_bge_dense.chroma.store import BGEM3Chroma
 
@@ -207,9 +207,10 @@ class Run:
     ) -> None:
         _check(store, batch_size)
         self._passages = passages = store.passages
-        passages.session.acquire_writer()
+        passages.acquire_writer()
         passages.keep(Wanted(lexical))
-        passages.check_model(fingerprint or fingerprint_of(passages.embeddings))
+        if fingerprint is not None:
+            passages.check_model(fingerprint)
         self._dimension = passages.settings.dimension
         self.batch_size = min(batch_size, passages.session.batch_size)
         self._added = self._seen = self._truncated = self._tokens = 0

@@ -15,22 +15,18 @@ from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense._codes import colbert_windows
+from langchain_bge_dense.chroma.collection import GuardedCollection, cosines
 from langchain_bge_dense.chroma.lexical import LexicalIndex
 from langchain_bge_dense.chroma.records import key_of, passage_of
-from langchain_bge_dense.chroma.session import COPY, GuardedCollection, cosines
-from langchain_bge_dense.chroma.settings import (
-    CollectionSettings,
-    Wanted,
-    check_model,
-    fingerprint_of,
-    underlying,
-)
+from langchain_bge_dense.chroma.session import COPY
+from langchain_bge_dense.chroma.settings import CollectionSettings, check_model, claim, underlying
 from langchain_bge_dense.chroma.signals import Encoded, Kept, Signals, pack
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from chromadb.api.models.Collection import Collection
     from langchain_core.embeddings import Embeddings
     from numpy.typing import NDArray
 
@@ -38,6 +34,7 @@ if TYPE_CHECKING:
     from langchain_bge_dense._engine.outputs import M3Encoding
     from langchain_bge_dense.chroma.records import Record
     from langchain_bge_dense.chroma.session import Session
+    from langchain_bge_dense.chroma.settings import Wanted
 
 _PAGE = 256  # passages completed at once
 
@@ -46,60 +43,62 @@ Stored = dict[str, tuple[str, "Mapping[str, Any]"]]
 
 
 class Passages:
-    """Passages of one collection.
+    """Passages of one collection; what it keeps of them is as its last call found it.
 
     Args:
-        collection: The collection, which has settings.
-        embeddings: Embed new ones.
+        session: The way to Chroma.
+        name: Of the collection.
+        embeddings: Embed new passages.
+        own: Settings of a new collection for the embeddings.
+
+    Attributes:
+        settings: Of the collection.
+        signals: The table of signals.
+        index: The index of lexical weights.
     """
 
-    def __init__(self, collection: GuardedCollection, embeddings: Embeddings) -> None:
-        self.collection, self.embeddings = collection, embeddings
-        self._bound: object = None
+    settings: CollectionSettings
+    signals: Signals
+    index: LexicalIndex
+
+    def __init__(
+        self, session: Session, name: str, embeddings: Embeddings, own: CollectionSettings
+    ) -> None:
+        self.session, self.embeddings = session, embeddings
+        self.collection = GuardedCollection(session, name, follow=self._follow)
+        self._own = own
         self._uid = ""
         self._counted: tuple[int | None, int] = (None, 0)
-        self._settings = self._bind()
 
-    @property
-    def session(self) -> Session:
-        """The way to Chroma."""
-        return self.collection.session
+    def _follow(self, found: Collection) -> None:
+        """Let settings, signals and index be those of the collection that was opened."""
+        settings = claim(found, self.embeddings, self._own)
+        if settings.uid != self._uid:
+            self.signals = Signals.of(self.session, settings.uid)
+            self.index = LexicalIndex(self.signals)
+            self._uid = settings.uid
+        self.settings, self._codec = settings, settings.codec()
 
-    @property
-    def settings(self) -> CollectionSettings:
-        """Settings of the collection, as it is now."""
-        return self._settings if self.collection.open() is self._bound else self._bind()
+    def refresh(self) -> CollectionSettings:
+        """Follow the collection to what it is now."""
+        self.session.read(self.collection.open)
+        return self.settings
 
-    def _bind(self) -> CollectionSettings:
-        """Read the settings, and let signals and index be those of the passages that they name."""
-        self._bound = self.collection.open()
-        found = CollectionSettings.load(self.collection.metadata)
-        if found is None:  # made by another program in the place of the one that was opened
-            found = CollectionSettings.of(self.embeddings)
-            self.collection.modify(found.metadata())
-        if found.uid != self._uid:
-            check_model(self.collection.name, found, fingerprint_of(self.embeddings))
-            self._uid = found.uid
-            self._signals = Signals.of(self.session, found.uid)
-            self._index = LexicalIndex(self._signals)
-        self._settings = found
-        return found
+    def acquire_writer(self) -> None:
+        """Make this the process that writes, and follow what others wrote before."""
+        self.session.acquire_writer()
+        self.refresh()
 
-    @property
-    def signals(self) -> Signals:
-        """The table of signals."""
-        self.settings  # noqa: B018 - another collection has another table
-        return self._signals
-
-    @property
-    def index(self) -> LexicalIndex:
-        """The index of lexical weights."""
-        self.settings  # noqa: B018 - another collection has another index
-        return self._index
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Write in turns with other threads, to the collection as it is now."""
+        with self.session.writing:
+            self.refresh()
+            yield
 
     def check_model(self, fingerprint: str) -> None:
         """Check that the vectors are of a model."""
-        check_model(self.collection.name, self.settings, fingerprint)
+        check_model(self.collection.name, self.refresh(), fingerprint)
 
     def keep(self, wanted: Wanted) -> None:
         """Keep the requested signals of passages that are written from now on."""
@@ -108,26 +107,23 @@ class Passages:
 
     def codec(self) -> Codec | None:
         """Codec of the ColBERT vectors, decided with the first ones; None where none are kept."""
-        model: Any = underlying(self.embeddings)
         if self.settings.colbert and not self.settings.mean:
+            model: Any = underlying(self.embeddings)
             self._change(lambda found: found if found.mean else found.with_mean_of(model))
-        return self.settings.codec()
+        return self._codec
 
     def _change(self, change: Callable[[CollectionSettings], CollectionSettings]) -> None:
         """Change the settings, as they are in Chroma now."""
-        if change(self.settings) != self.settings:
-            self.session.acquire_writer()
+        if change(self.refresh()) != self.settings:
+            self.acquire_writer()
             self.collection.forget()
-            self.collection.modify(change(self.settings).metadata())
-            self._bind()
-
-    def has_weights(self) -> bool:
-        """Whether any passage has lexical weights; reads those that are new."""
-        self.index.sync()
-        return len(self.index) > 0
+            changed = change(self.refresh())
+            self.session.read(lambda: changed.save(self.collection.open()))
+            self.collection.forget()
+            self.refresh()
 
     def count_without_weights(self) -> tuple[int, int]:
-        """How many passages have no lexical weights, and of how many.
+        """Count the passages without lexical weights, and all; reads new weights into the index.
 
         Chroma goes through all to count them: where a version tells, once until it changes.
         """
@@ -207,7 +203,7 @@ class Passages:
         _check_finite(records, encoded.vectors)
         keys = [r.key for r in records]
         former = {key_of(r.id, stored[r.id][0]) for r in records if r.id in stored}
-        with self.session.writing:
+        with self._writing():
             self.signals.put(keys, encoded)
             self.collection.upsert(
                 ids=[r.id for r in records],
@@ -225,7 +221,7 @@ class Passages:
         """
         for batch in batch_iterate(self.session.batch_size, self.ids(**which)):
             keys = [key_of(passage, text) for passage, (text, _) in self.stored(batch).items()]
-            with self.session.writing:
+            with self._writing():
                 self.collection.delete(batch)
                 self.signals.delete(keys)
 
@@ -241,7 +237,7 @@ class Passages:
 
     def add_missing(self) -> int:
         """Compute the signals that passages lack; gives how many passages there were."""
-        self.session.acquire_writer()
+        self.acquire_writer()
         added = 0
         for batch in batch_iterate(_PAGE, self.ids()):
             texts = {key_of(p, text): text for p, (text, _) in self.stored(batch).items()}
@@ -259,7 +255,7 @@ class Passages:
         if lacking:
             encoded = self.encode([texts[key] for key in lacking], dense=False)
             added = encoded.added_to([found[key] for key in lacking])
-            with self.session.writing:
+            with self._writing():
                 self.signals.put(lacking, added)
         return len(lacking)
 
@@ -274,6 +270,7 @@ class Passages:
             Scores by signal, `(N,)` each; NaN for a passage that is not stored with this text, or
             without the signal.
         """
+        self.refresh()
         scores = {}
         if query.dense is not None:
             scores["dense"] = self._dense_scores(query.dense[0], keys)
@@ -303,7 +300,7 @@ class Passages:
         self, query: NDArray[np.float32], keys: Sequence[str]
     ) -> NDArray[np.float32]:
         scores = np.full(len(keys), np.nan, np.float32)  # (N,)
-        codec = self.settings.codec()
+        codec = self._codec
         codes = self.signals.codes(keys) if codec else {}
         rows = [row for row, key in enumerate(keys) if key in codes]
         if codec and rows:
@@ -312,7 +309,8 @@ class Passages:
 
     def colbert_vectors(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """ColBERT vectors by key, `(T, D)`, of passages that keep one for each token."""
-        codec = self.settings.codec()
+        self.refresh()
+        codec = self._codec
         if codec is None or codec.pooling > 1:
             return {}
         return {key: codec.decompress(codes) for key, codes in self.signals.codes(keys).items()}

@@ -9,8 +9,8 @@ import numpy as np
 from langchain_core.documents import Document
 
 from langchain_bge_dense._scoring import Fusion, maxsim_scores, scaled, score_key
+from langchain_bge_dense.chroma.collection import cosines
 from langchain_bge_dense.chroma.records import key_of
-from langchain_bge_dense.chroma.session import cosines
 from langchain_bge_dense.chroma.settings import underlying
 from langchain_bge_dense.chroma.store import BGEM3Chroma
 from langchain_bge_dense.embeddings import BGEM3Embeddings
@@ -37,7 +37,7 @@ class Search:
         count: How many candidates of each signal.
         weights: Of the dense, lexical and ColBERT score.
         fusion: How the scores are added up.
-        colbert: Whether candidates are scored by ColBERT.
+        colbert: Whether candidates are scored by ColBERT; None: where the store keeps codes.
         colbert_k: How many; None for what suits the store.
         filters: Chroma's `where` and `where_document`, if there are any.
     """
@@ -47,7 +47,7 @@ class Search:
     count: int
     weights: tuple[float, ...]
     fusion: Fusion
-    colbert: bool = False
+    colbert: bool | None = None
     colbert_k: int | None = None
     filters: Mapping[str, Any] = field(default_factory=dict)
 
@@ -89,6 +89,7 @@ class Candidates:
         scores: Scores by signal, `(N,)` each.
         scored: How many were scored by ColBERT.
         uncoded: How many of these had no codes where the collection keeps them.
+        unweighted: How many of all passages have no lexical weights, and of how many.
     """
 
     ids: list[str]
@@ -98,6 +99,7 @@ class Candidates:
     scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     scored: int = 0
     uncoded: int = 0
+    unweighted: tuple[int, int] = (0, 0)
 
     @property
     def keys(self) -> list[str]:
@@ -160,16 +162,21 @@ def find(passages: Passages, model: BGEM3Embeddings, search: Search) -> Candidat
         model: Encodes the query, and passages without ColBERT codes.
         search: What is asked for.
     """
-    lexical = bool(search.weights[1]) and passages.has_weights()
-    colbert = search.colbert and search.weights[2] > 0
+    settings = passages.refresh()
+    unweighted = passages.count_without_weights() if search.weights[1] else (0, 0)
+    lexical = bool(search.weights[1]) and len(passages.index) > 0
+    asked = bool(settings.colbert) if search.colbert is None else search.colbert
+    colbert = asked and search.weights[2] > 0
     encoded = model.encode([search.query], lexical=lexical, colbert=colbert, query=True)
     candidates = by_dense_and_lexical(passages, encoded, search)
     if colbert and candidates.ids:
-        count = search.colbert_k or (_WITH_CODES if passages.settings.colbert else _COMPUTED)
+        count = search.colbert_k or (_WITH_CODES if settings.colbert else _COMPUTED)
         candidates = candidates.best(max(search.k, count))
         _add_colbert(passages, model, encoded, candidates)
         candidates.fuse("colbert", search.weights[2], search.fusion)
-    return candidates.best(search.k)
+    best = candidates.best(search.k)
+    best.unweighted = unweighted
+    return best
 
 
 def by_dense_and_lexical(passages: Passages, query: M3Encoding, search: Search) -> Candidates:

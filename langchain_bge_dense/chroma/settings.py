@@ -17,6 +17,7 @@ from langchain_bge_dense.errors import AnotherModelError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from chromadb.api.models.Collection import Collection
     from langchain_core.embeddings import Embeddings
     from typing_extensions import Self
 
@@ -75,6 +76,12 @@ class CollectionSettings(NamedTuple):
     def metadata(self) -> dict[str, str]:
         """Metadata that hold these settings."""
         return {KEY: json.dumps(self._asdict())}
+
+    def save(self, collection: Collection) -> None:
+        """Write these settings to a collection, beside its other metadata."""
+        # Chroma takes no hnsw:space here; the configuration holds the space.
+        stored = {k: v for k, v in (collection.metadata or {}).items() if k != "hnsw:space"}
+        collection.modify(metadata={**stored, **self.metadata()})
 
     def renewed(self) -> Self:
         """Equal settings for other passages."""
@@ -201,25 +208,31 @@ def require_cosine(space: str, where: str) -> None:
         raise ValueError(msg)
 
 
-def claim(collection: Any, embeddings: Embeddings, own: CollectionSettings) -> None:
+def claim(
+    collection: Collection, embeddings: Embeddings, own: CollectionSettings
+) -> CollectionSettings:
     """Check that the embeddings fit a collection, and write settings to one that has none.
 
     Args:
-        collection: A guarded one.
+        collection: Chroma's.
         embeddings: Embed a stored document again where the collection does not name its model.
         own: Settings of a new collection for them.
+
+    Returns:
+        The settings of the collection.
 
     Raises:
         ValueError: The collection has another space, or its vectors are another model's.
     """
     _check_space(collection)
     found = CollectionSettings.load(collection.metadata)
-    if found:
-        check_model(collection.name, found, own.fingerprint)
-        _check_dimension(collection.name, found.dimension, own)
-    else:
+    if found is None:
         _check_vectors(collection, embeddings, own)
-        collection.modify(own.metadata())
+        found = own.renewed()
+        found.save(collection)
+    check_model(collection.name, found, own.fingerprint)
+    _check_dimension(collection.name, found.dimension, own)
+    return found
 
 
 def check_model(name: str, found: CollectionSettings, fingerprint: str) -> None:
@@ -232,7 +245,7 @@ def check_model(name: str, found: CollectionSettings, fingerprint: str) -> None:
         raise AnotherModelError(msg)
 
 
-def _check_space(collection: Any) -> None:
+def _check_space(collection: Collection) -> None:
     configuration = collection.configuration_json
     index = configuration.get("hnsw") or configuration.get("spann") or {}
     space = index.get("space", "l2")
@@ -254,7 +267,7 @@ def _check_dimension(name: str, stored: int, own: CollectionSettings) -> None:
         raise AnotherModelError(msg)
 
 
-def _check_vectors(collection: Any, embeddings: Embeddings, own: CollectionSettings) -> None:
+def _check_vectors(collection: Collection, embeddings: Embeddings, own: CollectionSettings) -> None:
     """Check that a collection of another program is empty, or of the embeddings."""
     sample = collection.get(limit=_SAMPLE, include=["documents", "embeddings"])
     vectors = sample["embeddings"]

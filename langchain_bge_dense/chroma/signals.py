@@ -21,7 +21,7 @@ from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense._engine.calls import windows
-from langchain_bge_dense.chroma.session import GuardedCollection
+from langchain_bge_dense.chroma.collection import GuardedCollection
 from langchain_bge_dense.chroma.settings import cosine_configuration
 
 if TYPE_CHECKING:
@@ -283,14 +283,14 @@ class FolderSignals(Signals):
     def _database(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
         """A transaction."""
         uri = f"{self._file.as_uri()}?mode={'rwc' if create else 'rw'}"
-        with (
-            self._folder.named_errors(),
-            contextlib.closing(sqlite3.connect(uri, uri=True, timeout=60.0)) as database,
-        ):
-            if create:
-                database.executescript(_SCHEMA)
-            with database:
-                yield database
+        try:
+            with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=60.0)) as database:
+                if create:
+                    database.executescript(_SCHEMA)
+                with database:
+                    yield database
+        except sqlite3.Error as error:
+            raise self._folder.error(error) from error
 
 
 class CollectionSignals(Signals):
@@ -302,7 +302,7 @@ class CollectionSignals(Signals):
 
     def __init__(self, session: Session, name: str) -> None:
         self._session = session
-        self._collection = GuardedCollection(session, name, cosine_configuration(None))
+        self._collection = GuardedCollection(session, name, create=cosine_configuration(None))
 
     def delete(self, keys: Sequence[str]) -> None:
         """Forget passages."""

@@ -14,11 +14,10 @@ from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense.chroma.passages import Passages
 from langchain_bge_dense.chroma.records import Record, check_id, checked_metadata, record
-from langchain_bge_dense.chroma.session import GuardedCollection, connect
+from langchain_bge_dense.chroma.session import connect
 from langchain_bge_dense.chroma.settings import (
     CollectionSettings,
     Wanted,
-    claim,
     cosine_configuration,
     require_cosine,
 )
@@ -94,26 +93,22 @@ class BGEM3Chroma(Chroma):
         }
         place = {key: options.pop(key) for key in _PLACE if key in options}
         session = connect(persist_directory, client, place)
-        guarded = GuardedCollection(session, collection_name)
+        self.passages = Passages(session, collection_name, embeddings, own)
+        """The passages of the collection, for the other parts of this package."""
         with session.exclusive():
-            guarded.find()  # puts a copy in place that a killed compaction has completed
+            # Checks one that exists, and puts a copy in place that a killed compaction completed.
+            session.read(self.passages.collection.find)
             super().__init__(collection_name, embeddings, client=session.client, **options)
-            claim(guarded, embeddings, own)
-            self.passages = Passages(guarded, embeddings)
-            """The passages of the collection, for the other parts of this package."""
-        del self.__dict__["client"]  # the session's is replaced when the folder is opened again
         self.passages.keep(wanted)
 
     @property
     def _client(self) -> ClientAPI:
-        """The client, which is replaced when the folder is opened again."""
-        passages = self.__dict__.get("passages")
-        client: ClientAPI = passages.session.client if passages else self.__dict__["client"]
-        return client
+        """The session's client, which is replaced when the folder is opened again."""
+        return self.passages.session.client
 
     @_client.setter
     def _client(self, client: ClientAPI) -> None:
-        self.__dict__["client"] = client
+        """Leave the session its client, which LangChain sets again."""
 
     @property
     def _collection(self) -> Any:
@@ -122,13 +117,13 @@ class BGEM3Chroma(Chroma):
 
     @property
     def lexical(self) -> bool:
-        """Whether the collection has lexical weights, for `BGEM3Retriever`."""
-        return self.passages.settings.lexical
+        """Whether the collection has lexical weights."""
+        return self.passages.refresh().lexical
 
     @property
     def colbert(self) -> Kind | None:
-        """Kind of the collection's ColBERT codes, for `BGEM3Retriever`; None: it has none."""
-        return self.passages.settings.colbert
+        """Kind of the collection's ColBERT codes, if it has any."""
+        return self.passages.refresh().colbert
 
     @property
     def uid(self) -> str:
@@ -144,7 +139,7 @@ class BGEM3Chroma(Chroma):
             >>> store.uid == before
             True
         """
-        return self.passages.settings.uid
+        return self.passages.refresh().uid
 
     def add_texts(
         self,
@@ -205,7 +200,7 @@ class BGEM3Chroma(Chroma):
             documents: The new ones. Metadata keys that they lack stay as they are.
         """
         _check_lengths("documents", documents, "ids", ids)
-        self.passages.session.acquire_writer()
+        self.passages.acquire_writer()
         stored = self.passages.stored([check_id(each, n) for n, each in enumerate(ids)])
         records = {
             passage: record(document.model_copy(update={"id": passage}), place)._replace(
@@ -218,7 +213,7 @@ class BGEM3Chroma(Chroma):
 
     def _write(self, records: Iterable[Record], *, stored: bool) -> None:
         passages = self.passages
-        passages.session.acquire_writer()
+        passages.acquire_writer()
         for batch in batch_iterate(min(_BATCH, passages.session.batch_size), records):
             former = passages.stored([r.id for r in batch]) if stored else {}
             passages.write(batch, passages.encode([r.text for r in batch]), former)
@@ -238,18 +233,18 @@ class BGEM3Chroma(Chroma):
             msg = "Nothing says what to delete. Pass ids, where or where_document."
             raise ValueError(msg)
         if which.get("ids") != []:
-            self.passages.session.acquire_writer()
+            self.passages.acquire_writer()
             self.passages.delete(**which)
 
     def delete_collection(self) -> None:
         """Delete the collection and all that belongs to its passages."""
-        self.passages.session.acquire_writer()
+        self.passages.acquire_writer()
         self.passages.drop()
         self._chroma_collection = None
 
     def reset_collection(self) -> None:
         """Delete the collection and begin an empty one, which keeps what this one kept."""
-        settings = self.passages.settings.renewed()
+        settings = self.passages.refresh().renewed()
         self._collection_metadata = {**(self._collection_metadata or {}), **settings.metadata()}
         super().reset_collection()
 
