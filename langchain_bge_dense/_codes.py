@@ -79,8 +79,8 @@ class Codec(NamedTuple):
             ValueError: The checkpoint has no ColBERT head.
         """
         session = embeddings.session()
-        options = session.documents._replace(instruction="", on_truncate="ignore", paired=False)
-        encoding = session.engine.encode(_SENTENCES, options, dense=False, colbert=True)
+        options = session.documents._replace(instruction="", on_truncate="ignore")
+        encoding = embeddings.engine().encode(_SENTENCES, options, dense=False, colbert=True)
         mean = np.concatenate(encoding.colbert or []).mean(axis=0)  # (D,)
         return cls(kind, pooling, mean.astype(np.float16).astype(np.float32))
 

@@ -266,8 +266,8 @@ def find_matches(
     documents = [
         p if isinstance(p, Document) else Document.model_construct(page_content=p) for p in passages
     ]
-    asked_text = embeddings._instruction(query=True) + query  # noqa: SLF001
-    instruction = embeddings._instruction(query=False)  # noqa: SLF001
+    session = embeddings.session()
+    asked_text, instruction = session.queries.instruction + query, session.documents.instruction
     signals: Any = {"dense": False, "lexical": True, "colbert": True}
     asked: Any = embeddings.encode([query], **signals, query=True)
     words = _words(embeddings, asked_text, asked.lexical[0])
@@ -303,7 +303,7 @@ def _spans(
     embeddings: BGEM3Embeddings, text: str, instruction: str = ""
 ) -> list[tuple[int, int, int]]:
     """Ids of tokens and where in the text they are; those of an instruction have no width."""
-    found = embeddings.session().engine.token_spans(instruction + text)
+    found = embeddings.engine().token_spans(instruction + text)
     offset = len(instruction)
     return [(id_, max(start - offset, 0), max(end - offset, 0)) for id_, start, end in found]
 

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextvars import ContextVar
@@ -20,7 +20,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from langchain_bge_dense._engine.checkpoint import HEADS
-from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense._engine.outputs import Outputs
 
 if TYPE_CHECKING:
@@ -39,9 +38,6 @@ _AHEAD = 2  # requests under way
 
 _POLL_SECONDS = 0.2
 _CUT_TEXTS_NAMED = 5  # in a warning
-_KEPT_ENCODINGS = 8  # whose other half was not asked for yet
-
-_pairs_lock = forkable_lock()
 
 
 class Options(NamedTuple):
@@ -54,7 +50,6 @@ class Options(NamedTuple):
         normalize: Scale vectors to unit length.
         batch_tokens: Tokens per forward pass; None: what suits the device.
         urgent: A query, which goes before documents.
-        paired: The dense and the lexical output are asked for one after the other.
     """
 
     instruction: str
@@ -63,7 +58,6 @@ class Options(NamedTuple):
     normalize: bool
     batch_tokens: int | None
     urgent: bool = False
-    paired: bool = False
 
 
 class Running(Protocol):
@@ -92,9 +86,6 @@ class BaseEngine(ABC):
     checkpoint: Checkpoint
     window = 2_048
     colbert_window = 256
-
-    def __init__(self) -> None:
-        self.pairs = Pairs()
 
     @abstractmethod
     def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Running:
@@ -136,7 +127,7 @@ class BaseEngine(ABC):
                 is too long with `on_truncate="raise"`.
             FloatingPointError: An output is non-finite in float32, too.
         """
-        texts = list(_checked(texts))
+        texts = list(checked_texts(texts))
         call = Call(self, texts, Outputs(**outputs), options)
         with contextlib.closing(call), _bar(len(texts), show=show_progress) as shown:
             while (request := call.advance()) is not None:
@@ -148,7 +139,7 @@ class BaseEngine(ABC):
         self, texts: Iterable[str], options: Options, *, first: int = 0, **outputs: bool
     ) -> M3Encoding:
         """`encode` for an event loop; cancelling it drops the texts that have not run."""
-        call = Call(self, list(_checked(texts)), Outputs(**outputs), options, first)
+        call = Call(self, list(checked_texts(texts)), Outputs(**outputs), options, first)
         with contextlib.closing(call):
             while (request := await asyncio.to_thread(call.advance)) is not None:
                 await asyncio.wrap_future(request.future)
@@ -157,7 +148,7 @@ class BaseEngine(ABC):
 
     def stream(self, texts: Iterable[str], options: Options) -> Iterator[NDArray[np.float32]]:
         """Dense vectors of any iterable one by one, each `(D,)`, in constant memory."""
-        call = Call(self, _checked(texts), Outputs(), options._replace(paired=False))
+        call = Call(self, checked_texts(texts), Outputs(), options)
         return self._vectors(call)
 
     def _vectors(self, call: Call) -> Iterator[NDArray[np.float32]]:
@@ -203,18 +194,11 @@ class Call:
         options: Options,
         first: int = 0,
     ) -> None:
-        self._engine = engine
-        self._kept: M3Encoding | None = None
-        if options.paired and isinstance(texts, list):
-            self._pair = (options._replace(urgent=False), tuple(texts))
-            self._side = outputs
-            self._kept = engine.pairs.take(self._pair, outputs)
-            outputs |= Outputs(dense=True, lexical=True)
         engine.require(outputs)
-        self._outputs = outputs
+        self._engine, self._outputs = engine, outputs
         urgent = options.urgent or (isinstance(texts, list) and len(texts) == 1)
         self._options = options._replace(urgent=urgent)
-        self._texts = iter(() if self._kept is not None else texts)
+        self._texts = iter(texts)
         self._size = engine.colbert_window if outputs.colbert else engine.window
         self._read = self._returned = first
         self._running: deque[Running] = deque()
@@ -248,18 +232,13 @@ class Call:
 
     def encoding(self) -> M3Encoding:
         """What was collected since the last time."""
-        if self._kept is not None:
-            return self._kept
         encoding = self._engine.encoding(self._collected, self._outputs, self._options)
         self._collected = []
-        if self._options.paired:
-            self._engine.pairs.keep(self._pair, self._side, encoding)
         return encoding
 
     def warned(self, encoding: M3Encoding) -> M3Encoding:
         """The same, after a warning of texts that were cut; in the thread of the caller."""
-        cut = self._options.on_truncate == "warn" and encoding.truncated.any()
-        if cut and encoding is not self._kept:
+        if self._options.on_truncate == "warn" and encoding.truncated.any():
             _warn_of_cuts(encoding, self._returned, self._options.max_length)
         self._returned += len(encoding.truncated)
         return encoding
@@ -270,30 +249,6 @@ class Call:
         for request in list(self._running):
             if request.process == os.getpid():  # not of a parent, who may hold the future's lock
                 request.future.cancel()
-
-
-class Pairs:
-    """Encodings for the second of two calls with the same texts.
-
-    A hybrid vector store asks its dense and its sparse embeddings for the same texts one after the
-    other; both come from one forward pass.
-    """
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Any, ...], tuple[Outputs, M3Encoding]] = OrderedDict()
-
-    def take(self, key: tuple[Any, ...], side: Outputs) -> M3Encoding | None:
-        """What a call that asked for the other side left."""
-        with _pairs_lock:
-            kept_for, encoding = self._kept.pop(key, (side, None))
-        return None if kept_for == side else encoding
-
-    def keep(self, key: tuple[Any, ...], side: Outputs, encoding: M3Encoding) -> None:
-        """Leave an encoding to the other side."""
-        with _pairs_lock:
-            self._kept[key] = (side, encoding)
-            while len(self._kept) > _KEPT_ENCODINGS:
-                self._kept.popitem(last=False)
 
 
 def windows(
@@ -317,7 +272,7 @@ def windows(
         yield window
 
 
-def _checked(texts: Iterable[str]) -> Iterable[str]:
+def checked_texts(texts: Iterable[str]) -> Iterable[str]:
     """Refuse what is not an iterable of texts; its items are checked one by one."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         msg = (

@@ -121,7 +121,6 @@ class Client(BaseEngine):
     colbert_window = 32
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
-        super().__init__()
         self._url = base_url
         self._settings = (base_url, api_key)
         self._patience = _FIRST_SECONDS

@@ -38,7 +38,6 @@ class Engine(BaseEngine):
     def __init__(
         self, checkpoint: Checkpoint, load: Callable[[], Encoder], device: str, dtype: str
     ) -> None:
-        super().__init__()
         self.checkpoint = checkpoint
         self.device, self.dtype = device, dtype
         self.scheduler = Scheduler(load)
