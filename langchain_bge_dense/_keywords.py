@@ -36,11 +36,7 @@ _ELSEWHERE = {
 
 
 def check_keywords(fields: object) -> None:
-    """Reject keywords of other libraries by the name of the field that does the same.
-
-    Raises:
-        ValueError: There is such a keyword among the fields.
-    """
+    """Reject keywords of other libraries by the name of the field that does the same."""
     if found := [name for name in _ELSEWHERE if isinstance(fields, dict) and name in fields]:
         here = (
             f"Instead of {name} use {field}."

@@ -65,7 +65,7 @@ class SharedToken(NamedTuple):
 
     @property
     def score(self) -> float:
-        """What it adds to the lexical score: the product of its weights."""
+        """The product of its weights, a part of the lexical score."""
         return self.query_weight * self.passage_weight
 
 

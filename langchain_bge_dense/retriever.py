@@ -100,7 +100,7 @@ class BGEM3Retriever(BaseRetriever):
         return self
 
     def _get_ls_params(self, **kwargs: Any) -> LangSmithRetrieverParams:
-        """What traces say of model and store."""
+        """Name model and store for traces."""
         params = super()._get_ls_params(**kwargs)
         params["ls_vector_store_provider"] = type(self.vectorstore).__name__
         params["ls_embedding_provider"] = type(self._model).__name__
@@ -135,7 +135,7 @@ class BGEM3Retriever(BaseRetriever):
         return type(self)(**{**dict(self), **options}).sharing(self._warned)
 
     def sharing(self, warned: set[str]) -> Self:
-        """The same, warning of what another one has not warned of."""
+        """Share with another retriever what has been warned of."""
         self._warned = warned
         return self
 

@@ -41,7 +41,7 @@ _CUT_TEXTS_NAMED = 5  # in a warning
 
 
 class Options(NamedTuple):
-    """How the texts of one call are encoded.
+    """Options of one call.
 
     Attributes:
         instruction: Put in front of each text.
@@ -61,13 +61,7 @@ class Options(NamedTuple):
 
 
 class Running(Protocol):
-    """A window of texts that somebody computes.
-
-    Attributes:
-        future: Done once it has run; cancelling it drops the texts that have not run.
-        finished: Texts that have run.
-        process: Where it was made.
-    """
+    """A window of texts that is computed; to cancel its future drops those that have not run."""
 
     future: Future[Any]
     finished: int
@@ -75,7 +69,7 @@ class Running(Protocol):
 
 
 class BaseEngine(ABC):
-    """What computes texts: `Engine` here, `Client` on a server.
+    """A model that encodes texts: `Engine` here, `Client` on a server.
 
     Attributes:
         checkpoint: Of the model.
@@ -97,7 +91,7 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def encoding(self, requests: Sequence[Any], outputs: Outputs, options: Options) -> M3Encoding:
-        """What came of requests that have run."""
+        """Put the outputs of requests that have run together."""
 
     @abstractmethod
     def token_strings(self, weights: dict[int, float]) -> dict[str, float]:
@@ -119,14 +113,7 @@ class BaseEngine(ABC):
         show_progress: bool = False,
         **outputs: bool,
     ) -> M3Encoding:
-        """Encode N texts for the `Outputs` named; a bar shows how many of several have run.
-
-        Raises:
-            TypeError: An item is not a string; the error names its index.
-            ValueError: The checkpoint lacks the heads for an output, a text cannot be encoded, or
-                is too long with `on_truncate="raise"`.
-            FloatingPointError: An output is non-finite in float32, too.
-        """
+        """Encode N texts for the `Outputs` named; a bar shows how many of several have run."""
         texts = list(checked_texts(texts))
         call = Call(self, texts, Outputs(**outputs), options)
         with contextlib.closing(call), _bar(len(texts), show=show_progress) as shown:
@@ -159,11 +146,7 @@ class BaseEngine(ABC):
                 yield from call.warned(call.encoding()).dense  # type: ignore[misc]
 
     def require(self, outputs: Outputs) -> None:
-        """Check that outputs can be computed.
-
-        Raises:
-            ValueError: None is asked for, or the checkpoint lacks its head.
-        """
+        """Check that the checkpoint has the heads for outputs, of which one is asked for."""
         if not (outputs.dense or outputs.lexical or outputs.colbert):
             msg = "No output is asked for. Set dense, lexical or colbert to True."
             raise ValueError(msg)
@@ -176,15 +159,7 @@ class BaseEngine(ABC):
 
 
 class Call:
-    """One call of a caller: its texts window by window, and what came of them.
-
-    Args:
-        engine: Computes them; the call keeps it alive.
-        texts: Read a window at a time.
-        outputs: What to compute.
-        options: How.
-        first: The caller's index of the first text.
-    """
+    """One call of a caller: its texts, read a window at a time, and their results."""
 
     def __init__(
         self,
@@ -231,13 +206,13 @@ class Call:
         self._collected.append(self._running.popleft())
 
     def encoding(self) -> M3Encoding:
-        """What was collected since the last time."""
+        """Put the results that were collected since the last time together."""
         encoding = self._engine.encoding(self._collected, self._outputs, self._options)
         self._collected = []
         return encoding
 
     def warned(self, encoding: M3Encoding) -> M3Encoding:
-        """The same, after a warning of texts that were cut; in the thread of the caller."""
+        """Warn of texts that were cut, in the thread of the caller."""
         if self._options.on_truncate == "warn" and encoding.truncated.any():
             _warn_of_cuts(encoding, self._returned, self._options.max_length)
         self._returned += len(encoding.truncated)
@@ -273,7 +248,7 @@ def windows(
 
 
 def checked_texts(texts: Iterable[str]) -> Iterable[str]:
-    """Refuse what is not an iterable of texts; its items are checked one by one."""
+    """Check that texts are an iterable; its items are checked one by one."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         msg = (
             f"A single {type(texts).__name__} was passed where a list of texts is expected. "
@@ -284,12 +259,7 @@ def checked_texts(texts: Iterable[str]) -> Iterable[str]:
 
 
 def check_text(text: str, index: int) -> str:
-    """Give the text, if it can be tokenised.
-
-    Raises:
-        TypeError: It is not a string.
-        ValueError: It has a lone surrogate, which no encoding can express.
-    """
+    """Check that a text can be tokenised, and return it."""
     if not isinstance(text, str):
         msg = (
             f"Text {index} is {type(text).__name__}, not str. "
@@ -333,7 +303,7 @@ def warn_caller(message: str) -> None:
 
 @contextlib.contextmanager
 def _bar(total: int, *, show: bool) -> Iterator[Callable[[int], object]]:
-    """Give what shows how many more texts have run."""
+    """Make a bar's function that shows how many more texts have run."""
     if not show or total < 2:  # noqa: PLR2004 - one text is over before a bar says anything
         yield _to_nobody
         return

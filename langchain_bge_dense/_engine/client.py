@@ -140,13 +140,7 @@ class Client(BaseEngine):
 
     @cached_property
     def checkpoint(self) -> Checkpoint:  # type: ignore[override]
-        """What the server serves.
-
-        Raises:
-            ConnectionError: It does not answer.
-            PermissionError: It wants another API key.
-            RuntimeError: It is another kind of server.
-        """
+        """The checkpoint that the server serves."""
         info = self._info
         facts = {name: info[name] for name in _FACTS}
         prompts = Prompts(info["query_instruction"], info["document_instruction"])
@@ -222,13 +216,7 @@ class Client(BaseEngine):
         return json.loads(_run(self._ask("POST", path, json.dumps(question).encode())))
 
     async def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """The reply to a request, which is made again where nobody answers.
-
-        Raises:
-            ConnectionError: Nobody answered in time, or the server has too much to do.
-            PermissionError: It wants another API key.
-            TypeError, ValueError, FloatingPointError: As the engine there raised it.
-        """
+        """Request a reply, again where nobody answers; raise the errors of the engine there."""
         try:
             return await self._retrying()(self._ask_once, method, path, body)
         except RetryError as error:
@@ -278,7 +266,7 @@ class Client(BaseEngine):
         return response.content
 
     def _error(self, response: httpx.Response) -> Exception:
-        """What the server raised, or that it is another one."""
+        """Make the error that the server raised, or the one of another kind of server."""
         try:
             error = response.json()["error"]
             return _ERRORS[error["type"]](error["message"])

@@ -182,11 +182,7 @@ class Scheduler:
         self._stopped = False
 
     def enqueue(self, request: Request) -> None:
-        """Queue a request; its future gives the result.
-
-        Raises:
-            RuntimeError: The interpreter is exiting.
-        """
+        """Queue a request, unless the interpreter is exiting."""
         with self._lock:
             if self._stopped:
                 msg = "The model was stopped, as Python is exiting. Embed texts before that."
@@ -245,9 +241,9 @@ class Scheduler:
         return [request for request in requests if request is not None]
 
     def _run(self, encoder: Encoder, batch: SequenceOf[Sequence]) -> None:
-        """Run a batch and deliver its rows; an error is for the one caller who can have caused it.
+        """Run a batch and deliver its rows.
 
-        Where there are several, each of them is run by itself.
+        An error is for the one caller who can have caused it: of several, each is run by itself.
         """
         requests = list(dict.fromkeys(sequence.request for sequence in batch))
         outputs = reduce(or_, {request.outputs for request in requests})

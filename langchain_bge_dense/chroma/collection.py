@@ -32,13 +32,10 @@ _ANSWER = ("metadatas", "documents", "distances")
 
 
 class GuardedCollection:
-    """A collection of Chroma by its name, through the session of its store.
+    """A collection of Chroma by its name.
 
-    Args:
-        session: The session.
-        name: The name.
-        follow: Called with Chroma's collection whenever it is opened.
-        create: Make the collection, with this configuration, when it is first written to.
+    `follow` is called with Chroma's own whenever it is opened; with `create`, its configuration, it
+    is made when it is first written to.
     """
 
     def __init__(

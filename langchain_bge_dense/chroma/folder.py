@@ -46,7 +46,7 @@ _folders_lock = forkable_lock()
 
 
 class _Process:
-    """What this process has of Chroma's library."""
+    """Chroma's library in this process."""
 
     started = False
     parent: int | None = None
@@ -94,10 +94,8 @@ class Segment(NamedTuple):
 class Folder:
     """A folder of Chroma in this process.
 
-    Args:
-        real: Its path without links.
-        path: Its path as this process wrote it first. Chroma would open another spelling a second
-            time, and two Chromas on one folder destroy its index.
+    `real` is its path without links, `path` as this process wrote it first: Chroma would open
+    another spelling a second time, and two Chromas on one folder destroy its index.
     """
 
     def __init__(self, real: str, path: str) -> None:
@@ -120,12 +118,7 @@ class Folder:
             yield
 
     def client(self, names: dict[str, str], *, reopen: bool = False) -> ClientAPI:
-        """A client of this process's Chroma, which is started after recovery if need be.
-
-        Args:
-            names: `tenant` and `database`.
-            reopen: Start a new one in the place of the one that runs.
-        """
+        """Make a client of this process's Chroma, which is started after recovery, or again."""
         systems = SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
         with self.named_errors():
             self.real.mkdir(parents=True, exist_ok=True)
@@ -157,14 +150,7 @@ class Folder:
         return True
 
     def load(self, collection: Collection) -> int:
-        """Let Chroma read a collection's index.
-
-        Returns:
-            The version of the folder that was read.
-
-        Raises:
-            OSError: The index is damaged; the error says what is left.
-        """
+        """Let Chroma read a collection's index, if it is whole; gives the folder's version then."""
         start = time.monotonic()
         with self.exclusive():
             self._check(collection)
@@ -192,14 +178,7 @@ class Folder:
         return self.version() != version
 
     def acquire_writer(self, writer: int) -> bool:
-        """Make this process the only one that writes, until its last writer is released.
-
-        Returns:
-            Whether this process was not the one before.
-
-        Raises:
-            FolderBusyError: Another process writes.
-        """
+        """Make this process the only one that writes; gives whether it was not before."""
         with self.lock, self.named_errors():
             first = not self._writers
             if first:
@@ -228,15 +207,7 @@ class Folder:
 
     @contextmanager
     def write(self, collection: Collection, records: int) -> Iterator[None]:
-        """Keep a collection recoverable, and other processes from loading it, during one call.
-
-        Args:
-            collection: What is written to.
-            records: How many.
-
-        Raises:
-            OSError: The folder could not be written to.
-        """
+        """Keep a collection recoverable, and other processes from loading it, during one call."""
         with self.exclusive(), self._backed_up(collection, records, loaded=True):
             yield
 
@@ -395,11 +366,9 @@ def folder_of(path: str | os.PathLike[str]) -> Folder:
 
 
 def start(path: str | None, names: dict[str, str]) -> ClientAPI:
-    """A client of the Chroma in this process, with the settings of the one that runs.
+    """Make a client of the Chroma in this process, with the settings of the one that runs.
 
-    Args:
-        path: Of a folder; None is memory: without names, a database that nobody else has.
-        names: `tenant` and `database`, as in Chroma.
+    Without a path it is in memory, and without names in a database that nobody else has.
     """
     check_process()
     systems = SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
@@ -425,11 +394,7 @@ def start(path: str | None, names: dict[str, str]) -> ClientAPI:
 
 
 def check_process() -> None:
-    """Check that Chroma's library can run in this process.
-
-    Raises:
-        RuntimeError: It ran in the process that forked this one, and would wait here for ever.
-    """
+    """Check that Chroma's library can run here: in a forked child it would wait for ever."""
     if _Process.parent is not None:
         msg = (
             f"Chroma was used by process {_Process.parent} and cannot be used in its forked child "

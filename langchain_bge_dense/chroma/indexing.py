@@ -189,12 +189,6 @@ class Run:
 
     Batches are cut by position in the input, and each is one write: a run after a kill embeds the
     same texts together, and gets the same vectors to the last bit.
-
-    Args:
-        store: Of `open_chroma`.
-        batch_size: As the caller asked for it.
-        lexical: Likewise.
-        fingerprint: Of what computed the vectors; None: the store's embeddings will.
     """
 
     def __init__(
@@ -221,13 +215,7 @@ class Run:
         vectors: Sequence[ArrayLike] | None = None,
         codes: Sequence[bytes] | None = None,
     ) -> None:
-        """Store those of the next documents that the collection lacks.
-
-        Args:
-            batch: The documents.
-            vectors: Theirs; None: they are embedded here.
-            codes: Their ColBERT codes, if they come with any.
-        """
+        """Store those of the next documents that the collection lacks, by given vectors if any."""
         records = {r.id: r for r in map(record, batch, itertools.count(self._seen))}
         stored = self._passages.stored(list(records))
         complete = self._passages.complete(list(records.values()), stored, signals=vectors is None)
@@ -284,12 +272,7 @@ class Run:
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
-    """A bar over documents, with tokens per second and, where their number is known, time left.
-
-    Args:
-        documents: What will be indexed.
-        show: Whether there is a bar at all.
-    """
+    """A bar over documents, with tokens per second and, where their number is known, time left."""
 
     def __init__(self, documents: object, *, show: bool) -> None:
         total = len(documents) if isinstance(documents, Sized) else None

@@ -43,18 +43,9 @@ Stored = dict[str, tuple[str, "Mapping[str, Any]"]]
 
 
 class Passages:
-    """Passages of one collection; what it keeps of them is as its last call found it.
+    """Passages of one collection, with its settings, signals and index as the last call found them.
 
-    Args:
-        session: The way to Chroma.
-        name: Of the collection.
-        embeddings: Embed new passages.
-        own: Settings of a new collection for the embeddings.
-
-    Attributes:
-        settings: Of the collection.
-        signals: The table of signals.
-        index: The index of lexical weights.
+    The embeddings embed new passages; `own` are the settings of a new collection for them.
     """
 
     settings: CollectionSettings
@@ -151,12 +142,9 @@ class Passages:
         return found
 
     def complete(self, records: Sequence[Record], stored: Stored, *, signals: bool) -> set[str]:
-        """Ids of the records that are stored as they are, not cut by less than there is room now.
+        """Find the records that are stored as they are, not cut by less than there is room now.
 
-        Args:
-            records: To be stored.
-            stored: What is stored under their ids.
-            signals: Count those alone that have all signals of the collection, too.
+        With `signals`, they have all signals of the collection, too.
         """
         equal = {r.key: r.id for r in records if r.id in stored and r.equals(*stored[r.id])}
         settings, kept = self.settings, self.signals.kept(list(equal))
@@ -171,11 +159,9 @@ class Passages:
         return {passage for key, passage in equal.items() if is_complete(key)}
 
     def encode(self, texts: Sequence[str], *, dense: bool = True) -> Encoded:
-        """Vectors of new passages, with the signals that the collection keeps.
+        """Compute vectors of N passages, and the signals that the collection keeps.
 
-        Args:
-            texts: N passages.
-            dense: Compute dense vectors; without, there are N of no width.
+        Without `dense` there are N vectors of no width.
         """
         model = underlying(self.embeddings)
         codec, lexical = self.codec(), self.settings.lexical
@@ -193,13 +179,7 @@ class Passages:
         return Encoded(vectors)
 
     def write(self, records: Sequence[Record], encoded: Encoded, stored: Stored) -> None:
-        """Store passages in the place of those with their ids.
-
-        Args:
-            records: Of different ids.
-            encoded: Their vectors and signals.
-            stored: What is stored under their ids.
-        """
+        """Store passages of different ids in the place of those that are stored under these."""
         _check_finite(records, encoded.vectors)
         keys = [r.key for r in records]
         former = {key_of(r.id, stored[r.id][0]) for r in records if r.id in stored}
@@ -214,11 +194,7 @@ class Passages:
             self.signals.delete(sorted(former.difference(keys)))
 
     def delete(self, **which: Any) -> None:
-        """Delete passages.
-
-        Args:
-            which: `ids`, `where` or `where_document`, as in Chroma.
-        """
+        """Delete passages by `ids`, `where` or `where_document`."""
         for batch in batch_iterate(self.session.batch_size, self.ids(**which)):
             keys = [key_of(passage, text) for passage, (text, _) in self.stored(batch).items()]
             with self._writing():
@@ -260,15 +236,9 @@ class Passages:
         return len(lacking)
 
     def scores(self, query: M3Encoding, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Scores of stored passages by the outputs of a query, from what the collection keeps.
+        """Score stored passages by the outputs of one query, `(N,)` for each.
 
-        Args:
-            query: One text; a signal is scored that it has an output of.
-            keys: Of N passages.
-
-        Returns:
-            Scores by signal, `(N,)` each; NaN for a passage that is not stored with this text, or
-            without the signal.
+        NaN is of a passage that is not stored with this text, or without the signal.
         """
         self.refresh()
         scores = {}

@@ -29,7 +29,7 @@ _WITH_CODES, _COMPUTED = 50, 20  # candidates that are scored by ColBERT
 
 @dataclass(frozen=True)
 class Search:
-    """What one call asks for.
+    """A query and the options of its search.
 
     Attributes:
         query: The query.
@@ -53,15 +53,7 @@ class Search:
 
 
 def model_of(store: object, embeddings: BGEM3Embeddings | None = None) -> BGEM3Embeddings:
-    """The model to search a store with.
-
-    Args:
-        store: Of `open_chroma`.
-        embeddings: The caller's; None for the store's own.
-
-    Raises:
-        ValueError: It is not such a store, its embeddings are others, or not the ones given.
-    """
+    """Find the model to search a store with: that of the caller, if any, or the store's own."""
     if not isinstance(store, BGEM3Chroma):
         msg = f"vectorstore is {type(store).__name__}. Use a store of open_chroma."
         raise ValueError(msg)  # noqa: TRY004 - pydantic passes on ValueError alone
@@ -127,7 +119,7 @@ class Candidates:
         self.fused = self.fused + np.float32(weight) * scaled(self.scores[signal], fusion)
 
     def best(self, count: int) -> Candidates:
-        """Those with the highest fused scores, the best first."""
+        """Choose those with the highest fused scores, the best first."""
         order = np.argsort(-self.fused, kind="stable")[:count]  # (count,)
         numbers = order.tolist()
         return Candidates(
@@ -155,13 +147,7 @@ class Candidates:
 
 
 def find(passages: Passages, model: BGEM3Embeddings, search: Search) -> Candidates:
-    """Find the best passages of a collection.
-
-    Args:
-        passages: Of the collection.
-        model: Encodes the query, and passages without ColBERT codes.
-        search: What is asked for.
-    """
+    """Find the best passages of a collection."""
     settings = passages.refresh()
     unweighted = passages.count_without_weights() if search.weights[1] else (0, 0)
     lexical = bool(search.weights[1]) and len(passages.index) > 0

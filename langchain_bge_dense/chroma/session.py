@@ -108,11 +108,7 @@ class Session:
         return None
 
     def refresh(self) -> None:
-        """Check that the session can be used; begin another epoch if another process has written.
-
-        Raises:
-            RuntimeError: It is closed, or of the process that forked this one.
-        """
+        """Check that the session is usable; begin another epoch if another process has written."""
         if self._process != os.getpid():
             msg = (
                 f"The store was opened by process {self._process} and is used in its forked child "
@@ -177,10 +173,7 @@ class Session:
 class FolderSession(Session):
     """A session in a folder.
 
-    Args:
-        folder: The folder.
-        names: Tenant and database, for the client to be made again; None where it is the caller's.
-        client: The caller's.
+    `names` are tenant and database, to make a client again; None where the client is the caller's.
     """
 
     folder: Folder
@@ -230,11 +223,7 @@ class FolderSession(Session):
         self.epoch = self.folder.generation
 
     def acquire_writer(self) -> None:
-        """Make this the process that writes; what another one has written before is read first.
-
-        Raises:
-            FolderBusyError: Another process writes.
-        """
+        """Make this the process that writes, after reading what another one has written."""
         self.refresh()  # the folder may be another one now
         if self.folder.has_writer(id(self)):
             return
@@ -280,14 +269,7 @@ class FolderSession(Session):
 
 
 def connect(folder: str | os.PathLike[str] | None, client: Any, place: dict[str, Any]) -> Session:
-    """Connect to the Chroma where a caller has the data.
-
-    Args:
-        folder: A folder.
-        client: A client of the caller's.
-        place: What `langchain_chroma.Chroma` takes of `host`, `port`, `ssl`, `headers`, `tenant`,
-            `database`, `client_settings` and `chroma_cloud_api_key`.
-    """
+    """Connect to the Chroma where a caller has the data: a folder, a client or a server's place."""
     if client is not None:
         return _session_of(client)
     names: dict[str, str] = {key: str(place[key]) for key in ("tenant", "database") if key in place}

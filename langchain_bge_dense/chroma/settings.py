@@ -131,11 +131,7 @@ class Wanted(NamedTuple):
             raise TypeError(msg)
 
     def added_to(self, found: CollectionSettings, name: str) -> CollectionSettings:
-        """Settings of a collection that keeps the requested signals too.
-
-        Raises:
-            ValueError: The collection keeps something else.
-        """
+        """Add the requested signals to the settings of a collection, which cannot change others."""
         refused = ""
         if self.lexical is False and found.lexical:
             refused = "lexical=False"
@@ -213,16 +209,7 @@ def claim(
 ) -> CollectionSettings:
     """Check that the embeddings fit a collection, and write settings to one that has none.
 
-    Args:
-        collection: Chroma's.
-        embeddings: Embed a stored document again where the collection does not name its model.
-        own: Settings of a new collection for them.
-
-    Returns:
-        The settings of the collection.
-
-    Raises:
-        ValueError: The collection has another space, or its vectors are another model's.
+    There a stored document is embedded again and compared.
     """
     _check_space(collection)
     found = CollectionSettings.load(collection.metadata)

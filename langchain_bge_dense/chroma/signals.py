@@ -87,7 +87,7 @@ class Encoded(NamedTuple):
         return cls(np.concatenate(vectors), lexical, codes, cut_at, sum(tokens))
 
     def added_to(self, found: Sequence[Kept]) -> Encoded:
-        """What a table lacks of these passages; where their vectors were cut stays as it is."""
+        """Leave what a table lacks of these passages; where their vectors were cut stays."""
 
         def lacking(column: int, values: Sequence[bytes | None] | None) -> Any:
             return values and [
@@ -119,7 +119,7 @@ class Row(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a table has of a passage."""
+    """Signals of a passage that a table has."""
 
     cut_at: int | None = None
     lexical: bool = False
@@ -167,7 +167,7 @@ class Signals(ABC):
         self._write([row for row in rows if not row.is_empty or row.key in known])
 
     def kept(self, keys: Sequence[str]) -> dict[str, Kept]:
-        """What the table has of passages, by key."""
+        """Find the signals that passages have, by key."""
         rows = [row for page in batch_iterate(_PAGE, keys) for row in self._kept(page)]
         return {key: kept for key, kept in rows if kept != (None, False, False)}
 
@@ -189,9 +189,7 @@ class Signals(ABC):
     def keep_only(self, keys: Sequence[str], replace: Replace) -> None:
         """Forget all other passages, and leave nothing of them in any file.
 
-        Args:
-            keys: Of the passages that are stored.
-            replace: Puts a new collection, which a function fills, in the place of one.
+        `replace` puts a new collection, which a function fills, in the place of one.
         """
 
     @abstractmethod

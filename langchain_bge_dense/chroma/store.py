@@ -173,12 +173,12 @@ class BGEM3Chroma(Chroma):
         return [r.id for r in records]
 
     def add_images(self, *_: object, **__: object) -> NoReturn:
-        """Refuse images, which no text embeddings can embed."""
+        """Reject images, which no text embeddings can embed."""
         msg = "A store of open_chroma holds texts. Add images to a plain langchain_chroma.Chroma."
         raise NotImplementedError(msg)
 
     def fork(self, *_: object, **__: object) -> NoReturn:
-        """Refuse a copy by Chroma, which would share the signals of this store's passages."""
+        """Reject a copy by Chroma, which would share the signals of this store's passages."""
         msg = "Chroma's copy would share signals with this store. Index into another collection."
         raise NotImplementedError(msg)
 
@@ -411,7 +411,7 @@ def _check_lengths(one: str, ones: Sequence[Any], other: str, others: Sequence[A
 
 
 def _check_places(**options: Any) -> None:
-    """Refuse more than one place; langchain-chroma knows all but `client`."""
+    """Reject more than one place; langchain-chroma knows all but `client`."""
     given = [name for name in _PLACES if options.get(name) is not None]
     if len(given) > 1:
         msg = f"{' and '.join(given)} are given, and data has one place. Pass one of them."

@@ -35,7 +35,7 @@ _CHOICES = ("instruction", "max_length", "normalize", "on_truncate")
 
 
 Purpose = Literal["query", "search_query", "document", "search_document", "passage"]
-"""What clients call the two kinds of text, of which each has an instruction of the server."""
+"""Names that clients give the two kinds of text, each with an instruction of the server."""
 
 
 class EncodeRequest(BaseModel):
@@ -144,11 +144,7 @@ class Service:
     ) -> list[T]:
         """Render the outputs asked for, part by part, unless the caller hangs up meanwhile.
 
-        Args:
-            http: Where the caller is.
-            asked: Texts and what to compute.
-            render: Called with the outputs of each part, in a thread; all others are let go.
-            parts: Most parts that the texts may make: 1 for callers that split them themselves.
+        `render` is called with the outputs of each part, in a thread, before the next is computed.
         """
         size = self.limits["colbert_texts" if asked.colbert else "texts"]
         if len(asked.texts) > parts * size:
@@ -213,7 +209,7 @@ class Service:
         return self.embeddings._engine is not None  # noqa: SLF001
 
     def info(self) -> dict[str, Any]:
-        """What is served, and how."""
+        """Describe the model and the settings of the server."""
         embeddings = self.embeddings
         found, documents, queries = embeddings.session()
         return {
@@ -268,7 +264,7 @@ def is_query(purpose: Purpose | None) -> bool:
 
 
 def on_truncate(truncate: bool | None) -> Literal["raise", "ignore"] | None:
-    """What a client says by whether to cut longer texts."""
+    """Translate whether a client lets longer texts be cut."""
     return None if truncate is None else "ignore" if truncate else "raise"
 
 
