@@ -18,7 +18,7 @@ import time
 import uuid
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import chromadb
 from chromadb.api.shared_system_client import SharedSystemClient
@@ -104,8 +104,8 @@ class Folder:
         self.lock = threading.RLock()  # taken before the access lock, a file
         self.generation = 0
         self._database_id: tuple[int, int] | None = None
-        self._stale_until = 0.0
-        self._writers: set[int] = set()
+        self.fresh_until = 0.0
+        self.writers: set[int] = set()
         self._writer_lock = FileLock(self.real / "indexing.lock", thread_local=False)
         self._access_lock = FileLock(
             self.real / "access.lock", thread_local=False, poll_interval=0.01
@@ -119,7 +119,7 @@ class Folder:
 
     def client(self, names: dict[str, str], *, reopen: bool = False) -> ClientAPI:
         """Make a client of this process's Chroma, which is started after recovery, or again."""
-        systems = SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
+        systems = _systems()
         with self.named_errors():
             self.real.mkdir(parents=True, exist_ok=True)
         with self.exclusive():
@@ -145,7 +145,7 @@ class Folder:
         found = self._identify()
         if found is not None and self._database_id in {None, found}:
             return False
-        self._writers.clear()  # their lock was of a file that is gone
+        self.writers.clear()  # their lock was of a file that is gone
         self._writer_lock.release(force=True)
         return True
 
@@ -158,7 +158,7 @@ class Folder:
                 collection.get(limit=1, include=["embeddings"])
             version = self.version()
         end = time.monotonic()
-        self._stale_until = end + max(_STALE_SECONDS, (end - start) / _REOPENING_SHARE)
+        self.fresh_until = end + max(_STALE_SECONDS, (end - start) / _REOPENING_SHARE)
         return version
 
     def version(self) -> int:
@@ -171,16 +171,10 @@ class Folder:
             raise self.error(error) from error
         return int(version)
 
-    def is_stale(self, version: int) -> bool:
-        """Whether another process has written since a version, and it is time to read that."""
-        if self._writers or time.monotonic() < self._stale_until:
-            return False
-        return self.version() != version
-
     def acquire_writer(self, writer: int) -> bool:
         """Make this process the only one that writes; gives whether it was not before."""
         with self.lock, self.named_errors():
-            first = not self._writers
+            first = not self.writers
             if first:
                 try:
                     self._writer_lock.acquire(blocking=False)
@@ -191,18 +185,14 @@ class Folder:
                         "or let both use a Chroma server."
                     )
                     raise FolderBusyError(msg) from error
-            self._writers.add(writer)
+            self.writers.add(writer)
             return first
-
-    def has_writer(self, writer: int) -> bool:
-        """Whether a writer has been acquired and not been released."""
-        return writer in self._writers
 
     def release_writer(self, writer: int) -> None:
         """Let other processes write, if this was the last writer of this one."""
         with self.lock:
-            self._writers.discard(writer)
-            if not self._writers:
+            self.writers.discard(writer)
+            if not self.writers:
                 self._writer_lock.release()
 
     @contextmanager
@@ -365,13 +355,18 @@ def folder_of(path: str | os.PathLike[str]) -> Folder:
         return _folders[real]
 
 
+def _systems() -> dict[str, Any]:
+    """Chromas that run in this process, by their place."""
+    return SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
+
+
 def start(path: str | None, names: dict[str, str]) -> ClientAPI:
     """Make a client of the Chroma in this process, with the settings of the one that runs.
 
     Without a path it is in memory, and without names in a database that nobody else has.
     """
     check_process()
-    systems = SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
+    systems = _systems()
     running = systems.get(path or _MEMORY)
     settings = running.settings if running else Settings(anonymized_telemetry=False)
     _Process.started = True
@@ -406,7 +401,7 @@ def check_process() -> None:
 
 def _forget_parent() -> None:
     """In a forked child, keep what the parent had of Chroma from being used or stopped."""
-    systems = SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
+    systems = _systems()
     local = [name for name, system in systems.items() if "Rust" in system.settings.chroma_api_impl]
     if _Process.started or local:
         _Process.parent = os.getppid()

@@ -105,7 +105,7 @@ class Passages:
 
     def _change(self, change: Callable[[CollectionSettings], CollectionSettings]) -> None:
         """Change the settings, as they are in Chroma now."""
-        if change(self.refresh()) != self.settings:
+        if change(self.settings) != self.settings:
             self.acquire_writer()
             self.collection.forget()
             changed = change(self.refresh())
@@ -236,11 +236,10 @@ class Passages:
         return len(lacking)
 
     def scores(self, query: M3Encoding, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Score stored passages by the outputs of one query, `(N,)` for each.
+        """Score stored passages by the outputs of one query, `(N,)` for each, after a refresh.
 
         NaN is of a passage that is not stored with this text, or without the signal.
         """
-        self.refresh()
         scores = {}
         if query.dense is not None:
             scores["dense"] = self._dense_scores(query.dense[0], keys)

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -204,10 +205,13 @@ class FolderSession(Session):
         super().refresh()
         if self._names is None or self._version is None:
             return
-        with self.folder.lock:
-            if self.epoch != self.folder.generation:
+        folder = self.folder
+        with folder.lock:
+            if self.epoch != folder.generation:
                 self._reconnect(reopen=False)
-            elif self.folder.is_stale(self._version):
+            elif folder.writers or time.monotonic() < folder.fresh_until:
+                return
+            elif folder.version() != self._version:
                 self._reconnect(reopen=True)
 
     def reopen(self) -> None:
@@ -225,7 +229,7 @@ class FolderSession(Session):
     def acquire_writer(self) -> None:
         """Make this the process that writes, after reading what another one has written."""
         self.refresh()  # the folder may be another one now
-        if self.folder.has_writer(id(self)):
+        if id(self) in self.folder.writers:
             return
         first = self.folder.acquire_writer(id(self))
         if self._release is None:

@@ -99,6 +99,7 @@ class BGEM3Chroma(Chroma):
             # Checks one that exists, and puts a copy in place that a killed compaction completed.
             session.read(self.passages.collection.find)
             super().__init__(collection_name, embeddings, client=session.client, **options)
+        self.passages.refresh()
         self.passages.keep(wanted)
 
     @property
