@@ -166,8 +166,7 @@ class Passages:
         model = underlying(self.embeddings)
         codec, lexical = self.codec(), self.settings.lexical
         if isinstance(model, BGEM3Embeddings) and (lexical or codec or model is self.embeddings):
-            parts = colbert_windows(texts) if codec else [texts]
-            return Encoded.joined([_encoded(model, part, lexical, codec, dense) for part in parts])
+            return _encoded(model, texts, lexical, codec, dense)
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused as non-finite
             vectors = np.asarray(self.embeddings.embed_documents(list(texts)), np.float32)  # (N, D)
         if len(vectors) != len(texts):
@@ -288,15 +287,20 @@ class Passages:
 def _encoded(
     model: BGEM3Embeddings, texts: Sequence[str], lexical: bool, codec: Codec | None, dense: bool
 ) -> Encoded:
-    encoding = model.encode(texts, dense=dense, lexical=lexical, colbert=codec is not None)
-    length = model.max_length or 0
-    return Encoded(
-        np.empty((len(texts), 0), np.float32) if encoding.dense is None else encoding.dense,
-        None if encoding.lexical is None else list(map(pack, encoding.lexical)),
-        [codec.compress(vectors) for vectors in encoding.colbert or ()] if codec else None,
-        [length if truncated else None for truncated in encoding.truncated.tolist()],
-        int(encoding.token_counts.sum()),
-    )
+    """Encode texts in parts whose ColBERT vectors, which are large, are let go as codes."""
+    outputs = {"dense": dense, "lexical": lexical, "colbert": codec is not None}
+    vectors, cut_at, tokens = [], [], 0
+    weights: list[bytes] = []
+    codes: list[bytes] = []
+    for part in colbert_windows(texts) if codec else [texts]:
+        encoding = model.encode(part, **outputs)
+        none = np.empty((len(part), 0), np.float32)
+        vectors.append(none if encoding.dense is None else encoding.dense)
+        weights += map(pack, encoding.lexical or ())
+        codes += map(codec.compress, encoding.colbert or ()) if codec else ()
+        cut_at += [model.max_length or 0 if cut else None for cut in encoding.truncated]
+        tokens += int(encoding.token_counts.sum())
+    return Encoded(np.concatenate(vectors), weights or None, codes or None, cut_at, tokens)
 
 
 def _check_finite(records: Sequence[Record], vectors: NDArray[np.float32]) -> None:

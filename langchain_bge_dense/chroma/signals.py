@@ -75,27 +75,15 @@ class Encoded(NamedTuple):
         """How many passages were cut."""
         return sum(length is not None for length in self.cut_at or ())
 
-    @classmethod
-    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
-        """One of the passages of several, which have the same columns."""
-
-        def column(values: Sequence[Any]) -> Any:
-            return None if values[0] is None else [row for part in values for row in part]
-
-        vectors, *columns, tokens = zip(*parts, strict=True)
-        lexical, codes, cut_at = map(column, columns)
-        return cls(np.concatenate(vectors), lexical, codes, cut_at, sum(tokens))
-
     def added_to(self, found: Sequence[Kept]) -> Encoded:
         """Leave what a table lacks of these passages; where their vectors were cut stays."""
 
-        def lacking(column: int, values: Sequence[bytes | None] | None) -> Any:
-            return values and [
-                None if has[column] else v for v, has in zip(values, found, strict=True)
-            ]
+        def lacking(column: str, values: Sequence[bytes | None] | None) -> Any:
+            kept = (getattr(has, column) for has in found)
+            return values and [None if has else v for v, has in zip(values, kept, strict=True)]
 
-        lexical, codes = lacking(1, self.lexical), lacking(2, self.codes)
-        return Encoded(self.vectors, lexical, codes, [has.cut_at for has in found])
+        columns = {name: lacking(name, getattr(self, name)) for name in ("lexical", "codes")}
+        return self._replace(cut_at=[has.cut_at for has in found], **columns)
 
     def rows(self, keys: Sequence[str]) -> Iterator[Row]:
         """Rows of the table for these passages."""
@@ -111,11 +99,6 @@ class Row(NamedTuple):
     cut_at: int | None = None
     lexical: bytes | None = None
     codes: bytes | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there are none."""
-        return self[1:] == (None, None, None)
 
 
 class Kept(NamedTuple):
@@ -161,10 +144,10 @@ class Signals(ABC):
 
     def put(self, keys: Sequence[str], encoded: Encoded) -> None:
         """Write signals of passages; those that are not given stay."""
-        rows = list(encoded.rows(keys))
-        empty = [row.key for row in rows if row.is_empty]
-        known = self.kept(empty)
-        self._write([row for row in rows if not row.is_empty or row.key in known])
+        rows = {row.key: row for row in encoded.rows(keys)}
+        empty = [key for key, row in rows.items() if row == Row(key)]
+        unknown = set(empty).difference(self.kept(empty))
+        self._write([row for key, row in rows.items() if key not in unknown])
 
     def kept(self, keys: Sequence[str]) -> dict[str, Kept]:
         """Find the signals that passages have, by key."""
