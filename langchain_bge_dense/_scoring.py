@@ -54,6 +54,12 @@ def dense_scores(query: NDArray[np.float32], passages: NDArray[np.float32]) -> N
     return product(passages, query)  # (N,)
 
 
+def cosines(vectors: np.ndarray[Any, Any], query: np.ndarray[Any, Any]) -> Any:
+    """Compute the cosines of `(N, D)` vectors and a `(D,)` one, `(N,)`; 0 for a zero vector."""
+    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)  # (N,)
+    return vectors @ query / np.maximum(norms, np.float32(1e-12))  # (N,)
+
+
 def product(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
     """`a @ b`, where there is a model in this process by the threads that run it.
 

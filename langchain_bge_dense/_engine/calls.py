@@ -252,7 +252,7 @@ def checked_texts(texts: Iterable[str]) -> Iterable[str]:
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         msg = (
             f"A single {type(texts).__name__} was passed where a list of texts is expected. "
-            "Put it in a list, or call embed_query for one text."
+            "Put it in a list: [text]."
         )
         raise TypeError(msg)
     return texts

@@ -15,7 +15,9 @@ from chromadb.errors import InternalError
 from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense._engine.calls import windows
+from langchain_bge_dense._scoring import cosines
 from langchain_bge_dense.chroma.filters import exact
+from langchain_bge_dense.chroma.settings import add_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -226,18 +228,17 @@ class GuardedCollection:
         for part in batch_iterate(min(self.session.batch_size, _IDS), ids):
             self.session.write(self.open, len(part), lambda c, part=part: c.delete(ids=part))  # type: ignore[misc]
 
+    def modify(self, metadata: Mapping[str, Any]) -> None:
+        """Add to the metadata of the collection."""
+        self._read(lambda collection: add_metadata(collection, metadata))
+        self.forget()
+
     def search(self, searches: Any) -> Any:
         """Call Chroma Cloud's `search`."""
         return self._read(lambda collection: collection.search(searches))
 
     def _read(self, call: Callable[[Collection], T]) -> T:
         return self.session.read(lambda: call(self.open()))
-
-
-def cosines(vectors: np.ndarray[Any, Any], query: np.ndarray[Any, Any]) -> Any:
-    """Compute the cosines of `(N, D)` vectors and a `(D,)` one, `(N,)`; 0 for a zero vector."""
-    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)  # (N,)
-    return vectors @ query / np.maximum(norms, np.float32(1e-12))  # (N,)
 
 
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

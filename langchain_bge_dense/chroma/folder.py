@@ -318,10 +318,6 @@ class Folder:
                 raise
             raise self.error(error) from error
 
-    def is_there(self) -> bool:
-        """Whether Chroma's database is."""
-        return self._database_file.exists()
-
     def error(self, reason: Exception) -> OSError:
         """The error for a folder that could not be read or written to."""
         text = str(reason)
@@ -330,7 +326,7 @@ class Folder:
                 f"{self.path!r} may not be written to: {reason}. Give this process the right to "
                 "write to the folder and to all files in it, or take another folder."
             )
-        if not self.is_there():
+        if not self._database_file.exists():
             return FileNotFoundError(
                 f"{self.path!r} holds no chroma.sqlite3 any more: {reason}. The folder was removed "
                 "or emptied while it was open. Open the collection again and index its documents."

@@ -15,7 +15,8 @@ from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense._codes import colbert_windows
-from langchain_bge_dense.chroma.collection import GuardedCollection, cosines
+from langchain_bge_dense._scoring import cosines
+from langchain_bge_dense.chroma.collection import GuardedCollection
 from langchain_bge_dense.chroma.lexical import LexicalIndex
 from langchain_bge_dense.chroma.records import key_of, passage_of
 from langchain_bge_dense.chroma.session import COPY
@@ -108,9 +109,7 @@ class Passages:
         if change(self.settings) != self.settings:
             self.acquire_writer()
             self.collection.forget()
-            changed = change(self.refresh())
-            self.session.read(lambda: changed.save(self.collection.open()))
-            self.collection.forget()
+            self.collection.modify(change(self.refresh()).metadata())
             self.refresh()
 
     def count_without_weights(self) -> tuple[int, int]:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from langchain_core.documents import Document
 
-from langchain_bge_dense._scoring import Fusion, maxsim_scores, scaled, score_key
-from langchain_bge_dense.chroma.collection import cosines
+from langchain_bge_dense._scoring import Fusion, cosines, maxsim_scores, scaled, score_key
 from langchain_bge_dense.chroma.records import key_of
 from langchain_bge_dense.chroma.settings import underlying
 from langchain_bge_dense.chroma.store import BGEM3Chroma

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from langchain_bge_dense._codes import Codec, check_kind
+from langchain_bge_dense._scoring import cosines
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 from langchain_bge_dense.errors import AnotherModelError
 
@@ -76,12 +77,6 @@ class CollectionSettings(NamedTuple):
     def metadata(self) -> dict[str, str]:
         """Metadata that hold these settings."""
         return {KEY: json.dumps(self._asdict())}
-
-    def save(self, collection: Collection) -> None:
-        """Write these settings to a collection, beside its other metadata."""
-        # Chroma takes no hnsw:space here; the configuration holds the space.
-        stored = {k: v for k, v in (collection.metadata or {}).items() if k != "hnsw:space"}
-        collection.modify(metadata={**stored, **self.metadata()})
 
     def renewed(self) -> Self:
         """Equal settings for other passages."""
@@ -204,6 +199,13 @@ def require_cosine(space: str, where: str) -> None:
         raise ValueError(msg)
 
 
+def add_metadata(collection: Collection, metadata: Mapping[str, Any]) -> None:
+    """Add to the metadata of a collection."""
+    # Chroma takes no hnsw:space here; the configuration holds the space.
+    stored = {k: v for k, v in (collection.metadata or {}).items() if k != "hnsw:space"}
+    collection.modify(metadata={**stored, **metadata})
+
+
 def claim(
     collection: Collection, embeddings: Embeddings, own: CollectionSettings
 ) -> CollectionSettings:
@@ -216,7 +218,7 @@ def claim(
     if found is None:
         _check_vectors(collection, embeddings, own)
         found = own.renewed()
-        found.save(collection)
+        add_metadata(collection, found.metadata())
     check_model(collection.name, found, own.fingerprint)
     _check_dimension(collection.name, found.dimension, own)
     return found
@@ -274,7 +276,7 @@ def _check_sample(
         )
         raise ValueError(msg)
     text, stored = min(texts, key=lambda pair: len(pair[0]))
-    cosine = _cosine(np.asarray(stored), np.asarray(embeddings.embed_documents([text])[0]))
+    [cosine] = cosines(np.asarray([stored]), np.asarray(embeddings.embed_documents([text])[0]))
     if not cosine >= _SAME_COSINE:
         msg = (
             f"Collection {name!r} was filled by another model than "
@@ -282,7 +284,3 @@ def _check_sample(
             f"to its stored vector. Open it with the first model, {_ALTERNATIVE}"
         )
         raise AnotherModelError(msg)
-
-
-def _cosine(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))

@@ -12,6 +12,7 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.utils.iter import batch_iterate
 
+from langchain_bge_dense._engine.calls import check_text, checked_texts
 from langchain_bge_dense.chroma.passages import Passages
 from langchain_bge_dense.chroma.records import Record, check_id, checked_metadata, record
 from langchain_bge_dense.chroma.session import connect
@@ -186,7 +187,7 @@ class BGEM3Chroma(Chroma):
     @classmethod
     def from_texts(cls, texts: Iterable[str], *args: Any, **kwargs: Any) -> Self:
         """Open a store and add texts of any iterable to it; see `open_chroma` and `add_texts`."""
-        return super().from_texts(list(_checked_texts(texts)), *args, **kwargs)  # type: ignore[return-value]
+        return super().from_texts(list(checked_texts(texts)), *args, **kwargs)  # type: ignore[return-value]
 
     @classmethod
     def from_documents(cls, documents: Iterable[Document], *args: Any, **kwargs: Any) -> Self:
@@ -312,19 +313,16 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
     filled is taken over if it is in cosine space and one of its texts, embedded again, gives the
     vector stored.
 
-    Where the data is: in `persist_directory`; or with `client`, or on the server at `host` and
-    `port`; or, with none of these, in memory, in a database that only this store uses and that ends
-    with the process. To share a collection in memory, pass one `chromadb.EphemeralClient()` as
-    `client` each time.
-
     One process may write to a folder, and any number search it; a server lets several write. What a
     kill, a full disk, a fork and a server that goes away do is in docs/chroma.md.
 
     Args:
         embeddings: Any LangChain embeddings.
         collection_name: 3 to 512 characters of `[a-zA-Z0-9._-]`.
-        persist_directory: A folder, made if it does not exist; `~` is the user's own.
-        client: A Chroma client of your own, `chromadb.HttpClient(...)` for example.
+        persist_directory: A folder, made if it does not exist; `~` is the user's own. Without
+            folder, `client` and `host` the data is in memory, of this store alone.
+        client: A Chroma client of your own, `chromadb.HttpClient(...)` for example. To share a
+            collection in memory, pass one `chromadb.EphemeralClient()` each time.
         lexical: Store lexical weights of the same forward pass too, for `BGEM3Retriever`. It is
             written to the collection; None: as the collection has it, False for a new one.
         colbert: Keep ColBERT vectors of the same forward pass too, in codes of `"1bit"` (also
@@ -372,7 +370,7 @@ def _columns(
     texts: Iterable[str], metadatas: object, ids: object
 ) -> Iterable[tuple[str, dict[str, Any], str]]:
     """Texts with their metadata and ids, checked."""
-    texts = list(_checked_texts(texts))
+    texts = list(checked_texts(texts))
     if isinstance(metadatas, (str, Mapping)) or isinstance(ids, str):
         msg = (
             "metadatas and ids are lists with an item for each text. Put a single one into a list."
@@ -384,22 +382,10 @@ def _columns(
         _check_lengths("metadatas", given, "texts", texts)
     _check_lengths("ids", named, "texts", texts)
     for place, (text, name) in enumerate(zip(texts, named, strict=True)):
-        if not isinstance(text, str):
-            msg = (
-                f"Text {place} is {type(text).__name__}, not str. "
-                "Convert it first, or drop it from the list."
-            )
-            raise TypeError(msg)
+        check_text(text, place)
         named[place] = str(uuid.uuid4()) if name is None else check_id(name, place)
     given += [None] * (len(texts) - len(given))
     return zip(texts, [each or {} for each in given], named, strict=True)
-
-
-def _checked_texts(texts: object) -> Iterable[str]:
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-        msg = f"The texts are one {type(texts).__name__}. Pass a list of texts: [text]."
-        raise TypeError(msg)
-    return texts
 
 
 def _check_lengths(one: str, ones: Sequence[Any], other: str, others: Sequence[Any]) -> None:
