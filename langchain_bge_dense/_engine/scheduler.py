@@ -58,9 +58,7 @@ class Request:
     future: Future[list[TextOutputs]] = field(default_factory=Future)
     finished: int = 0
     process: int = field(default_factory=os.getpid)
-
-    def __post_init__(self) -> None:
-        self._rows: list[TextOutputs | None] = [None] * len(self.tokens)
+    _rows: dict[int, TextOutputs] = field(default_factory=dict)
 
     def sequences(self) -> deque[Sequence]:
         """The texts, the longest first: neighbours in a batch are of similar length."""
@@ -78,9 +76,9 @@ class Request:
             return
         self._rows[position] = row.select(self.outputs)
         self.finished += 1
-        if self.finished == len(self._rows):
+        if self.finished == len(self.tokens):
             with suppress(InvalidStateError):  # cancelled
-                self.future.set_result([row for row in self._rows if row is not None])
+                self.future.set_result([self._rows[n] for n in range(len(self.tokens))])
 
     def fail(self, error: BaseException) -> None:
         """Give the caller an error, unless it has gone or has another one."""

@@ -105,7 +105,8 @@ class GuardedCollection:
         **options: Any,
     ) -> Any:
         """Call Chroma's `get` with any number of ids."""
-        options |= {"where": exact(where), "where_document": options.get("where_document") or None}
+        options["where"] = exact(where) if where else None
+        options["where_document"] = options.get("where_document") or None
         if ids is None or isinstance(ids, str) or len(ids) <= _IDS:
             given: Any = {**options, "ids": ids, "limit": limit, "offset": offset}
             return self._read(lambda collection: collection.get(**given))

@@ -202,7 +202,8 @@ class Run:
         _check(store, batch_size)
         self._passages = passages = store.passages
         passages.acquire_writer()
-        passages.keep(Wanted(lexical))
+        if lexical is not None:
+            passages.keep(Wanted(lexical))
         if fingerprint is not None:
             passages.check_model(fingerprint)
         self._dimension = passages.settings.dimension

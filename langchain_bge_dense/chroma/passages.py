@@ -57,6 +57,7 @@ class Passages:
         self, session: Session, name: str, embeddings: Embeddings, own: CollectionSettings
     ) -> None:
         self.session, self.embeddings = session, embeddings
+        self._model: Any = underlying(embeddings)
         self.collection = GuardedCollection(session, name, follow=self._follow)
         self._own = own
         self._uid = ""
@@ -100,8 +101,7 @@ class Passages:
     def codec(self) -> Codec | None:
         """Codec of the ColBERT vectors, decided with the first ones; None where none are kept."""
         if self.settings.colbert and not self.settings.mean:
-            model: Any = underlying(self.embeddings)
-            self._change(lambda found: found if found.mean else found.with_mean_of(model))
+            self._change(lambda found: found if found.mean else found.with_mean_of(self._model))
         return self._codec
 
     def _change(self, change: Callable[[CollectionSettings], CollectionSettings]) -> None:
@@ -148,7 +148,7 @@ class Passages:
         equal = {r.key: r.id for r in records if r.id in stored and r.equals(*stored[r.id])}
         settings, kept = self.settings, self.signals.kept(list(equal))
         wanted = (settings.lexical, bool(settings.colbert)) if signals else (False, False)
-        room = getattr(underlying(self.embeddings), "max_length", None)
+        room = getattr(self._model, "max_length", None)
 
         def is_complete(key: str) -> bool:
             cut_at, *has = kept.get(key, Kept())
@@ -162,7 +162,7 @@ class Passages:
 
         Without `dense` there are N vectors of no width.
         """
-        model = underlying(self.embeddings)
+        model = self._model
         codec, lexical = self.codec(), self.settings.lexical
         if isinstance(model, BGEM3Embeddings) and (lexical or codec or model is self.embeddings):
             return _encoded(model, texts, lexical, codec, dense)
