@@ -181,7 +181,7 @@ class Call:
         self._closed = False
 
     def advance(self) -> Running | None:
-        """Enqueue the next windows; gives the oldest request, None after the last."""
+        """Enqueue the next windows, and return the oldest request, if any is left."""
         while len(self._running) < _AHEAD and not self._closed:
             window = list(islice(self._texts, self._size))
             if not window:

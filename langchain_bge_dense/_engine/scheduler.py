@@ -42,7 +42,7 @@ class Request:
     Attributes:
         tokens: N texts, in the caller's order.
         outputs: What to compute.
-        batch_tokens: Tokens that a batch may have which begins with one of these texts.
+        batch_tokens: Token budget of a batch that starts with this request.
         first: The caller's index of the first text, for errors.
         urgent: A query, which goes before documents.
         future: Gives N rows; cancelling it drops the texts that have not run.
@@ -135,7 +135,7 @@ class Queue:
         return len(self._waiting[request])
 
     def _fill(self, batch: list[Sequence], request: Request, room: int) -> int:
-        """Move texts of a request into a batch, at least one; gives the room that is left."""
+        """Move texts of a request into a batch, at least one, and return the room that is left."""
         waiting = self._waiting[request]
         while waiting and (len(waiting[0].ids) <= room or not batch):
             batch.append(waiting.popleft())

@@ -86,7 +86,7 @@ def compact(store: BGEM3Chroma) -> CompactResult:
 
 
 def _write_anew(passages: Passages) -> int:
-    """Replace the collection and its signals; gives how many passages there are."""
+    """Replace the collection and its signals, and count the passages."""
     ids = passages.ids()
     pages = batch_iterate(_PAGE, ids)
     keys = [key_of(p, text) for page in pages for p, (text, _) in passages.stored(page).items()]

@@ -47,7 +47,7 @@ def _is_fraction(value: object) -> bool:
 
 
 def _bounded(key: str, operator: str, bound: Any) -> dict[str, Any]:
-    """A condition, with another one that makes a fraction right for integers."""
+    """Add a condition that makes a fraction right for integers."""
     condition = {key: {operator: bound}}
     if operator not in _OTHER or not _is_fraction(bound):
         return condition

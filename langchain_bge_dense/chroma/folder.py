@@ -113,7 +113,7 @@ class Folder:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Neither writes nor loading of an index by anybody else."""
+        """Keep everybody else from writing and from loading an index."""
         with self.lock, self.named_errors(), self._access_lock:
             yield
 
@@ -133,7 +133,7 @@ class Folder:
             return client
 
     def _identify(self) -> tuple[int, int] | None:
-        """Device and inode of Chroma's database; None where it is not there."""
+        """Read device and inode of Chroma's database, if it exists."""
         try:
             found = self._database_file.stat()
         except FileNotFoundError:
@@ -141,7 +141,7 @@ class Folder:
         return found.st_dev, found.st_ino
 
     def _is_another(self) -> bool:
-        """Whether the folder was removed, emptied or replaced since it was opened."""
+        """Find out whether the folder was removed, emptied or replaced since it was opened."""
         found = self._identify()
         if found is not None and self._database_id in {None, found}:
             return False
@@ -150,7 +150,7 @@ class Folder:
         return True
 
     def load(self, collection: Collection) -> int:
-        """Let Chroma read a collection's index, if it is whole; gives the folder's version then."""
+        """Let Chroma read a collection's index, if it is whole, at a version of the folder."""
         start = time.monotonic()
         with self.exclusive():
             self._check(collection)
@@ -162,7 +162,7 @@ class Folder:
         return version
 
     def version(self) -> int:
-        """A number that every commit to Chroma's SQLite changes."""
+        """Read a number that every commit to Chroma's SQLite changes."""
         try:
             with self._database_file.open("rb") as file:
                 file.seek(24)
@@ -172,7 +172,7 @@ class Folder:
         return int(version)
 
     def acquire_writer(self, writer: int) -> bool:
-        """Make this process the only one that writes; gives whether it was not before."""
+        """Make this process the only one that writes, and tell whether it was another."""
         with self.lock, self.named_errors():
             first = not self.writers
             if first:
@@ -220,12 +220,12 @@ class Folder:
                     shutil.rmtree(index.parent)
 
     def size(self) -> int:
-        """Bytes of all files."""
+        """Count the bytes of all files."""
         return sum(file.stat().st_size for file in self.real.rglob("*") if file.is_file())
 
     @contextmanager
     def _backed_up(self, collection: Collection, records: int, *, loaded: bool) -> Iterator[None]:
-        """A backup of the index while a call may make Chroma persist it."""
+        """Back up the index while a call may make Chroma persist it."""
         settings = collection.configuration_json.get("hnsw") or {}
         segment = self._segment(collection)
         if segment is None:
@@ -319,7 +319,7 @@ class Folder:
             raise self.error(error) from error
 
     def error(self, reason: Exception) -> OSError:
-        """The error for a folder that could not be read or written to."""
+        """Make the error for a folder that could not be read or written to."""
         text = str(reason)
         if any(word in text for word in ("readonly", "ead-only", "ermission", "ot a directory")):
             return PermissionError(
@@ -340,7 +340,7 @@ class Folder:
 
 
 def folder_of(path: str | os.PathLike[str]) -> Folder:
-    """The one `Folder` of this process for a path, however it is spelled."""
+    """Find the one `Folder` of this process for a path, however it is spelled."""
     path = str(Path(path).expanduser())
     real = os.path.realpath(path)
     with _folders_lock:

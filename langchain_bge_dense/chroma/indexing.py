@@ -236,7 +236,7 @@ class Run:
     def _given(
         self, new: Sequence[Record], vectors: Sequence[ArrayLike], codes: Sequence[bytes] | None
     ) -> Encoded:
-        """Vectors and codes of the caller's for records."""
+        """Choose the caller's vectors and codes for records."""
         rows = np.stack([self._row(vectors, r.position) for r in new])  # (N, D)
         codec = self._passages.codec()
         if codec is None or codes is None:
@@ -247,7 +247,7 @@ class Run:
         return Encoded(rows, codes=chosen)
 
     def _row(self, vectors: Sequence[ArrayLike], position: int) -> NDArray[np.float32]:
-        """A vector of the caller's, `(D,)`."""
+        """Check a vector of the caller's, `(D,)`."""
         with np.errstate(over="ignore"):
             row = np.asarray(vectors[position - self._seen], dtype=np.float32)
         if row.ndim != 1 or row.size != self._dimension:
@@ -265,7 +265,7 @@ class Run:
         return IndexResult(self._added, skipped, self._truncated, self._tokens)
 
     def finish(self) -> IndexResult:
-        """The counts, once all is on the disk."""
+        """Count, once all is on the disk."""
         folder = self._passages.session.folder
         if self._added and folder:
             folder.flush()
@@ -303,7 +303,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
 
 
 async def _batches(documents: Iterable[T] | AsyncIterable[T], size: int) -> AsyncIterator[list[T]]:
-    """Batches for an event loop; what is not asynchronous is read in a thread."""
+    """Read batches for an event loop, in a thread where the iterable is not asynchronous."""
     if isinstance(documents, AsyncIterable):
         async for batch in abatch_iterate(size, documents):
             yield batch

@@ -22,7 +22,7 @@ _VOCABULARY = 1 << 18  # rows of a part, more where a token id asks for it
 
 
 def postings(packed: Sequence[bytes]) -> sparse.csr_array:
-    """The inverted index of packed weights: a row a token, a column a passage."""
+    """Invert packed weights: a row a token, a column a passage."""
     sizes, tokens, weights = unpack(packed)  # (N,), (M,), (M,)
     passages = np.repeat(np.arange(len(sizes)), sizes)  # (M,)
     rows = max(_VOCABULARY, int(tokens.max(initial=0)) + 1)
@@ -30,7 +30,7 @@ def postings(packed: Sequence[bytes]) -> sparse.csr_array:
 
 
 def merged(parts: Sequence[sparse.csr_array]) -> sparse.csr_array:
-    """Parts side by side: the passages of the first come first."""
+    """Put parts side by side: the passages of the first come first."""
     rows = max(part.shape[0] for part in parts)
     for part in parts:
         part.resize((rows, part.shape[1]))
@@ -74,7 +74,7 @@ class LexicalScores(NamedTuple):
         return list(dict.fromkeys(ids))  # one that is being replaced is there twice
 
     def of(self, keys: Sequence[str]) -> NDArray[np.float32]:
-        """Scores of passages, `(len(keys),)`; NaN for one that has no weights of its text."""
+        """Look up scores of passages, `(len(keys),)`; NaN for one without weights of its text."""
         scores = np.full(len(keys), np.nan, np.float32)
         for place, key in enumerate(keys):
             number = self.numbers.get(key)

@@ -99,7 +99,7 @@ class Passages:
         self._change(lambda found: wanted.added_to(found, self.collection.name))
 
     def codec(self) -> Codec | None:
-        """Codec of the ColBERT vectors, decided with the first ones; None where none are kept."""
+        """Find the codec of the ColBERT vectors, if any are kept; the first ones decide it."""
         if self.settings.colbert and not self.settings.mean:
             self._change(lambda found: found if found.mean else found.with_mean_of(self._model))
         return self._codec
@@ -127,7 +127,7 @@ class Passages:
         return max(0, count - len(self.index)), count
 
     def stored(self, ids: Sequence[str]) -> Stored:
-        """Texts and metadata of those passages that are stored."""
+        """Find texts and metadata of those passages that are stored."""
         if not ids:
             return {}
         found = self.collection.get(list(ids), include=["documents", "metadatas"])
@@ -136,7 +136,7 @@ class Passages:
         return dict(zip(found["ids"], zip(texts, metadatas, strict=True), strict=True))
 
     def ids(self, **which: Any) -> list[str]:
-        """Ids of the passages that pass Chroma's filters; without filters, of all."""
+        """Find the ids of the passages that pass Chroma's filters."""
         found: list[str] = self.collection.get(include=[], **which)["ids"]
         return found
 
@@ -210,7 +210,7 @@ class Passages:
         self.collection.forget()
 
     def add_missing(self) -> int:
-        """Compute the signals that passages lack; gives how many passages there were."""
+        """Compute the signals that passages lack, and count these passages."""
         self.acquire_writer()
         added = 0
         for batch in batch_iterate(_PAGE, self.ids()):

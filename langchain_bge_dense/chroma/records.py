@@ -21,7 +21,7 @@ _HASH = 16  # characters of a key behind the id
 
 
 def key_of(passage: str, text: str) -> str:
-    """The key of what was computed of a passage: its id, and sixty-four bits of its text.
+    """Make the key of what was computed of a passage: its id, and sixty-four bits of its text.
 
     >>> key_of("a", "one")
     'a34f2ddaa8b7615c9'
@@ -31,7 +31,7 @@ def key_of(passage: str, text: str) -> str:
 
 
 def passage_of(key: str) -> str:
-    """The id in a key."""
+    """Take the id out of a key."""
     return key[:-_HASH]
 
 
@@ -53,11 +53,11 @@ class Record(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Names what is computed of it."""
+        """Name what is computed of it."""
         return key_of(self.id, self.text)
 
     def equals(self, text: str | None, metadata: Mapping[str, Any] | None) -> bool:
-        """Whether it is what is stored; Chroma may change the last digit of a float."""
+        """Compare with what is stored, where Chroma may change the last digit of a float."""
         stored = metadata or {}
         return (
             self.text == text

@@ -94,7 +94,7 @@ class Candidates:
 
     @property
     def keys(self) -> list[str]:
-        """Names of what was computed of them."""
+        """Keys of what was computed of them."""
         return list(map(key_of, self.ids, self.texts))
 
     def add(self, passages: Passages, ids: Sequence[str], vector: NDArray[np.float32]) -> None:
@@ -132,7 +132,7 @@ class Candidates:
         )
 
     def documents(self, *, scores: bool) -> list[Document]:
-        """The documents, with their scores in the metadata or without."""
+        """Make documents, with their scores in the metadata or without."""
         named = {"fused": self.fused, **self.scores} if scores else {}
         added = [
             {score_key(name): float(v[n]) for name, v in named.items()}
@@ -165,7 +165,7 @@ def find(passages: Passages, model: BGEM3Embeddings, search: Search) -> Candidat
 
 
 def by_dense_and_lexical(passages: Passages, query: M3Encoding, search: Search) -> Candidates:
-    """Candidates of both signals with the scores of both; without lexical output, of the first."""
+    """Find candidates of the dense and, where the query has it, the lexical signal."""
     vector: Any = query.dense[0]  # type: ignore[index]
     # Chroma takes most of a query's time to find what passes the filters: it is asked once.
     among = passages.ids(**search.filters) if query.lexical and search.filters else None
@@ -186,7 +186,7 @@ def nearest(
     search: Search,
     among: list[str] | None = None,
 ) -> Candidates:
-    """The passages with the nearest dense vectors; given all that pass the filters, if known."""
+    """Find the passages with the nearest dense vectors, among those that pass the filters."""
     if among is not None and len(among) > _MOST_IDS:
         among = None
     found = passages.collection.query([vector], search.count, among=among, **search.filters)

@@ -95,7 +95,7 @@ class Session:
 
     @functools.cached_property
     def body(self) -> int | None:
-        """Bytes that Chroma takes at once; None where there is no limit."""
+        """Bytes that a server takes at once."""
         api = self.client.get_settings().chroma_api_impl
         return None if "Rust" in api or "Segment" in api else _BODY
 
@@ -105,7 +105,7 @@ class Session:
         yield
 
     def version(self) -> int | None:
-        """A number that changes with what is stored; None where nothing tells."""
+        """Read a number that changes with what is stored, where there is one."""
         return None
 
     def refresh(self) -> None:
@@ -197,7 +197,7 @@ class FolderSession(Session):
             yield
 
     def version(self) -> int | None:
-        """A number that changes with what is stored."""
+        """Read a number that changes with what is stored."""
         return self.folder.version()
 
     def refresh(self) -> None:

@@ -62,7 +62,7 @@ class CollectionSettings(NamedTuple):
 
     @classmethod
     def of(cls, embeddings: Embeddings) -> Self:
-        """Settings of a new collection for any embeddings, which may have to embed one query."""
+        """Make settings of a new collection for any embeddings, which may have to embed a query."""
         dimension = getattr(underlying(embeddings), "dimension", None)
         if not isinstance(dimension, int):
             dimension = len(embeddings.embed_query("dimension"))
@@ -70,38 +70,38 @@ class CollectionSettings(NamedTuple):
 
     @classmethod
     def load(cls, metadata: Mapping[str, Any] | None) -> Self | None:
-        """Settings in the metadata of a collection; None where another program made it."""
+        """Read the settings of a collection, which has none if another program made it."""
         stored = json.loads((metadata or {}).get(KEY, "{}"))
         return cls(**{key: stored[key] for key in cls._fields if key in stored}) if stored else None
 
     def metadata(self) -> dict[str, str]:
-        """Metadata that hold these settings."""
+        """Make the metadata that hold these settings."""
         return {KEY: json.dumps(self._asdict())}
 
     def renewed(self) -> Self:
-        """Equal settings for other passages."""
+        """Copy these settings for other passages."""
         return self._replace(uid=uuid.uuid4().hex)
 
     def codec(self) -> Codec | None:
-        """Codec of the ColBERT vectors; None where none are stored yet."""
+        """Make the codec of the ColBERT vectors, if any are stored."""
         if self.colbert is None or not self.mean:
             return None
         mean = np.frombuffer(base64.b64decode(self.mean), np.float16).astype(np.float32)  # (D,)
         return Codec(self.colbert, self.pooling, mean)
 
     def with_mean_of(self, model: BGEM3Embeddings) -> Self:
-        """Settings with the mean of the model's ColBERT vectors."""
+        """Add the mean of the model's ColBERT vectors."""
         mean = Codec.of(model, self.colbert or "1bit").mean.astype(np.float16)
         return self._replace(mean=base64.b64encode(mean.tobytes()).decode())
 
     def signals(self) -> str:
-        """Signals that the collection keeps, in words."""
+        """Name the signals that the collection keeps."""
         codes = f"{self.colbert!r} ColBERT codes with colbert_pooling={self.pooling}"
         return " and ".join(["lexical weights"] * self.lexical + [codes] * bool(self.colbert))
 
 
 class Wanted(NamedTuple):
-    """Signals that a caller asks for; None leaves it to the collection."""
+    """Signals that a caller asks for, or leaves to the collection."""
 
     lexical: bool | None = None
     colbert: Kind | Literal[False] | None = None
@@ -146,14 +146,14 @@ class Wanted(NamedTuple):
 
 
 def underlying(embeddings: Embeddings) -> Embeddings:
-    """The embeddings behind caches and other wrappers."""
+    """Find the embeddings behind caches and other wrappers."""
     while (inner := getattr(embeddings, "underlying_embeddings", None)) is not None:
         embeddings = inner
     return embeddings
 
 
 def fingerprint_of(embeddings: Embeddings) -> str:
-    """Fingerprint of the innermost embeddings, or class and model name.
+    """Name the innermost embeddings by fingerprint, or by class and model.
 
     >>> from langchain_core.embeddings import DeterministicFakeEmbedding
     >>> fingerprint_of(DeterministicFakeEmbedding(size=8))
@@ -168,7 +168,7 @@ def fingerprint_of(embeddings: Embeddings) -> str:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two fingerprints name one model: by its digest where both have one.
+    """Compare the models of two fingerprints, by their digests where both have one.
 
     >>> same_model("bge-m3-3f2a9c81d0e4-cls", "a-copy-3f2a9c81d0e4-cls")
     True
@@ -181,7 +181,7 @@ def _without_name(fingerprint: str) -> str:
 
 
 def cosine_configuration(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A collection configuration in cosine space, whose graph keeps equal vectors in reach."""
+    """Configure a collection in cosine space, whose graph keeps equal vectors in reach."""
     configuration = dict(given or {})
     index = "spann" if configuration.get("spann") else "hnsw"
     settings = {**_DEFAULTS[index], **(configuration.get(index) or {})}

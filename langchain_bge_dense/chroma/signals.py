@@ -86,7 +86,7 @@ class Encoded(NamedTuple):
         return self._replace(cut_at=[has.cut_at for has in found], **columns)
 
     def rows(self, keys: Sequence[str]) -> Iterator[Row]:
-        """Rows of the table for these passages."""
+        """Make rows of the table for these passages."""
         none = [None] * len(keys)
         columns = (self.cut_at or none, self.lexical or none, self.codes or none)
         return (Row(*row) for row in zip(keys, *columns, strict=True))
@@ -117,14 +117,14 @@ class Position(NamedTuple):
 
 
 def pack(weights: Mapping[int, float]) -> bytes:
-    """Lexical weights as a table has them: token ids, then their weights."""
+    """Pack lexical weights as a table has them: token ids, then their weights."""
     count = len(weights)
     ids = np.fromiter(weights, "<u4", count)
     return ids.tobytes() + np.fromiter(weights.values(), "<f4", count).tobytes()
 
 
 def unpack(packed: Sequence[bytes]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Sizes `(N,)`, token ids `(M,)` and weights `(M,)` of N passages."""
+    """Unpack sizes `(N,)`, token ids `(M,)` and weights `(M,)` of N passages."""
     sizes = np.array([len(each) // 8 for each in packed], np.int64)
     joined = np.frombuffer(b"".join(packed), "<u4")  # ids and weights of each in turn
     part = np.repeat(np.arange(2 * len(sizes)), np.repeat(sizes, 2)) % 2  # 0: id, 1: weight
@@ -136,7 +136,7 @@ class Signals(ABC):
 
     @classmethod
     def of(cls, session: Session, uid: str) -> Signals:
-        """The table of the passages with this uid, wherever their Chroma is."""
+        """Make the table of the passages with this uid, wherever their Chroma is."""
         name = f"{uid}.signals"
         if session.folder is not None:
             return FolderSignals(session.folder, name)
@@ -155,7 +155,7 @@ class Signals(ABC):
         return {key: kept for key, kept in rows if kept != (None, False, False)}
 
     def codes(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Codes of those passages that have any, by key."""
+        """Find the codes of those passages that have any, by key."""
         return dict(row for page in batch_iterate(_PAGE, keys) for row in self._codes(page))
 
     @abstractmethod
@@ -166,7 +166,7 @@ class Signals(ABC):
     def since(
         self, position: Position
     ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
-        """Keys and packed weights written after a position, page by page; None for those gone."""
+        """Read keys and packed weights, None if gone, written after a position, page by page."""
 
     @abstractmethod
     def keep_only(self, keys: Sequence[str], replace: Replace) -> None:
@@ -204,7 +204,7 @@ class FolderSignals(Signals):
     def since(
         self, position: Position
     ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
-        """Keys and packed weights written after a position, page by page; None for those gone."""
+        """Read keys and packed weights, None if gone, written after a position, page by page."""
         while self._file.exists():
             with self._database() as database:
                 [version] = database.execute("PRAGMA user_version").fetchone()
@@ -262,7 +262,7 @@ class FolderSignals(Signals):
 
     @contextlib.contextmanager
     def _database(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
-        """A transaction."""
+        """Begin a transaction."""
         uri = f"{self._file.as_uri()}?mode={'rwc' if create else 'rw'}"
         try:
             with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=60.0)) as database:
@@ -295,7 +295,7 @@ class CollectionSignals(Signals):
     def since(
         self, position: Position
     ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
-        """Keys and packed weights written after a position, page by page; None for those gone."""
+        """Read keys and packed weights, None if gone, written after a position, page by page."""
         while (found := self._collection.find()) is not None:
             number = position.number if found.id == position.log else 0
             options: Any = {"where": {"kind": "log"}, "offset": number, "limit": _LOG_PAGE}
@@ -343,7 +343,7 @@ class CollectionSignals(Signals):
         return ((ids[each], base64.b64decode(entry["codes"])) for each, entry in columns)
 
     def _rows(self, keys: Sequence[str]) -> list[Row]:
-        """Rows without codes."""
+        """Read rows without codes."""
         found = self._get(list(keys))
         columns = zip(found["ids"], found["metadatas"], strict=True)
         packed = ((key, each.get("cut_at"), each.get("lexical")) for key, each in columns)
@@ -378,7 +378,7 @@ def _entry(keys: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def _records(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Records of a row; Chroma removes a value that is None, and keeps one that is left out."""
+    """Make records of a row; Chroma removes a value that is None, and keeps one left out."""
     lexical = {} if row.lexical is None else {"lexical": base64.b64encode(row.lexical).decode()}
     yield row.key, {"kind": "row", "cut_at": row.cut_at, **lexical}
     if row.codes is not None:

@@ -362,14 +362,14 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
 
 
 def _relevance(distance: float) -> float:
-    """Cosine of a cosine distance, which rounding can put a hair outside 0..1."""
+    """Turn a cosine distance into a cosine, which rounding can put a hair outside 0..1."""
     return min(1.0, max(0.0, 1.0 - distance))
 
 
 def _columns(
     texts: Iterable[str], metadatas: object, ids: object
 ) -> Iterable[tuple[str, dict[str, Any], str]]:
-    """Texts with their metadata and ids, checked."""
+    """Check texts, metadata and ids, and fill in those that lack."""
     texts = list(checked_texts(texts))
     if isinstance(metadatas, (str, Mapping)) or isinstance(ids, str):
         msg = (

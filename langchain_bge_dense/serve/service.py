@@ -165,7 +165,7 @@ class Service:
     async def dense(
         self, http: Request, asked: EncodeRequest, write: Callable[[NDArray[np.float32]], str]
     ) -> tuple[list[str], int]:
-        """Write the dense vectors of texts as JSON; gives them and the tokens of the texts."""
+        """Write the dense vectors of texts as JSON, and count the tokens."""
 
         def render(encoding: M3Encoding) -> tuple[list[str], int]:
             vectors = [write(vector) for vector in encoding.dense]  # type: ignore[union-attr]
