@@ -203,7 +203,8 @@ def add_metadata(collection: Collection, metadata: Mapping[str, Any]) -> None:
     """Add to the metadata of a collection."""
     # Chroma takes no hnsw:space here; the configuration holds the space.
     stored = {k: v for k, v in (collection.metadata or {}).items() if k != "hnsw:space"}
-    collection.modify(metadata={**stored, **metadata})
+    if stored != {**stored, **metadata}:
+        collection.modify(metadata={**stored, **metadata})
 
 
 def claim(

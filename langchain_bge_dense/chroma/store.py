@@ -308,10 +308,9 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
 ) -> BGEM3Chroma:
     """Open a collection in cosine space that holds vectors of these embeddings and of no others.
 
-    The embeddings' fingerprint and dimension are written to a new collection and checked when it is
-    opened again; caches and other wrappers count as what they wrap. A collection that plain Chroma
-    filled is taken over if it is in cosine space and one of its texts, embedded again, gives the
-    vector stored.
+    Fingerprint and dimension of the embeddings are written to a new collection, and checked when it
+    is opened again; wrappers count as what they wrap. A collection that plain Chroma filled is taken
+    over if it is in cosine space and one of its texts, embedded again, gives the vector stored.
 
     One process may write to a folder, and any number search it; a server lets several write. What a
     kill, a full disk, a fork and a server that goes away do is in docs/chroma.md.
@@ -336,12 +335,10 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
         The store. Its relevance scores are cosines, clipped to 0..1.
 
     Raises:
-        TypeError: `embeddings` is not LangChain `Embeddings`, or gives no lexical weights or
-            ColBERT vectors.
-        ValueError: The name is invalid, two places are given for the data, another space than
-            cosine is asked for, or the collection has another space or another model's vectors.
-        OSError: The folder could not be written to, or its index is damaged; the error says what
-            is left.
+        TypeError: `embeddings` is not LangChain `Embeddings`, or lacks an output asked for.
+        ValueError: The name is invalid, the data has two places, or the collection has another
+            space than cosine, or another model's vectors.
+        OSError: The folder could not be written to, or its index is damaged.
 
     Example:
         >>> from langchain_core.embeddings import DeterministicFakeEmbedding
