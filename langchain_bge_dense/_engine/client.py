@@ -26,7 +26,6 @@ import numpy as np
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
-    RetryError,
     retry_if_exception,
     stop_after_delay,
     wait_exponential,
@@ -38,6 +37,7 @@ from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense._engine.modules import Modules, Prompts
 from langchain_bge_dense._engine.outputs import encoding_of
 from langchain_bge_dense._engine.wire import unpack
+from langchain_bge_dense._retries import given_up
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -219,14 +219,6 @@ class Client(BaseEngine):
         """Request a reply, again where nobody answers; raise the errors of the engine there."""
         try:
             return await self._retrying()(self._ask_once, method, path, body)
-        except RetryError as error:
-            attempt = error.last_attempt
-            msg = (
-                f"{self._url} did not answer {attempt.attempt_number} times: "
-                f"{attempt.exception()!r}. "
-                "Start the server with python -m langchain_bge_dense.serve, or correct base_url."
-            )
-            raise ConnectionError(msg) from attempt.exception()
         except httpx.NetworkError as error:  # that is not temporary
             msg = (
                 f"{self._url} cannot be asked over TLS: {error}. Write http:// for a server "
@@ -240,6 +232,10 @@ class Client(BaseEngine):
             wait=wait_exponential(multiplier=0.1, max=2),
             stop=stop_after_delay(self._patience),
             before_sleep=partial(Client._log_away, weakref.proxy(self)),  # a cycle would keep it
+            retry_error_callback=given_up(
+                self._url,
+                "Start the server with python -m langchain_bge_dense.serve, or correct base_url.",
+            ),
         )
 
     def _log_away(self, state: RetryCallState) -> None:

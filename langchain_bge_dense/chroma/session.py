@@ -17,7 +17,6 @@ from chromadb.api import ClientAPI
 from chromadb.config import Settings
 from chromadb.errors import InternalError, NotFoundError, RateLimitError
 from tenacity import (
-    RetryError,
     Retrying,
     before_sleep_log,
     retry_if_exception_type,
@@ -25,6 +24,7 @@ from tenacity import (
     wait_exponential,
 )
 
+from langchain_bge_dense._retries import given_up
 from langchain_bge_dense.chroma.folder import check_process, folder_of, start
 
 if TYPE_CHECKING:
@@ -51,22 +51,17 @@ RETRYING = Retrying(
     wait=wait_exponential(max=30),
     stop=stop_after_delay(60),
     before_sleep=before_sleep_log(logger, logging.WARNING),
+    retry_error_callback=given_up(
+        "The Chroma server",
+        "Start it and run this again; what is stored is not embedded again.",
+    ),
 )
 """Of calls to a server that does not answer."""
 
 
 def retried(call: Callable[[], T]) -> T:
     """Call Chroma, and again after a while where its server does not answer."""
-    try:
-        return RETRYING.copy()(call)
-    except RetryError as error:
-        attempt = error.last_attempt
-        msg = (
-            f"The Chroma server did not answer {attempt.attempt_number} times: "
-            f"{attempt.exception()}. "
-            "Start it and run this again; what is stored is not embedded again."
-        )
-        raise ConnectionError(msg) from attempt.exception()
+    return RETRYING.copy()(call)
 
 
 class Session:

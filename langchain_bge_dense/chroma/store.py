@@ -309,8 +309,8 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
     """Open a collection in cosine space that holds vectors of these embeddings and of no others.
 
     Fingerprint and dimension of the embeddings are written to a new collection, and checked when it
-    is opened again; wrappers count as what they wrap. A collection that plain Chroma filled is taken
-    over if it is in cosine space and one of its texts, embedded again, gives the vector stored.
+    is opened again; wrappers count as what they wrap. A collection that plain Chroma filled is
+    taken over if it is in cosine space and one of its texts, embedded again, gives its vector.
 
     One process may write to a folder, and any number search it; a server lets several write. What a
     kill, a full disk, a fork and a server that goes away do is in docs/chroma.md.
