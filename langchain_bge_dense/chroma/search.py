@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,14 +121,13 @@ class Candidates:
         """Choose those with the highest fused scores, the best first."""
         order = np.argsort(-self.fused, kind="stable")[:count]  # (count,)
         numbers = order.tolist()
-        return Candidates(
-            [self.ids[n] for n in numbers],
-            [self.texts[n] for n in numbers],
-            [self.metadatas[n] for n in numbers],
-            self.fused[order],
-            {signal: values[order] for signal, values in self.scores.items()},
-            self.scored,
-            self.uncoded,
+        return replace(
+            self,
+            ids=[self.ids[n] for n in numbers],
+            texts=[self.texts[n] for n in numbers],
+            metadatas=[self.metadatas[n] for n in numbers],
+            fused=self.fused[order],
+            scores={signal: values[order] for signal, values in self.scores.items()},
         )
 
     def documents(self, *, scores: bool) -> list[Document]:
@@ -154,14 +153,13 @@ def find(passages: Passages, model: BGEM3Embeddings, search: Search) -> Candidat
     colbert = asked and search.weights[2] > 0
     encoded = model.encode([search.query], lexical=lexical, colbert=colbert, query=True)
     candidates = by_dense_and_lexical(passages, encoded, search)
+    candidates.unweighted = unweighted
     if colbert and candidates.ids:
         count = search.colbert_k or (_WITH_CODES if settings.colbert else _COMPUTED)
         candidates = candidates.best(max(search.k, count))
         _add_colbert(passages, model, encoded, candidates)
         candidates.fuse("colbert", search.weights[2], search.fusion)
-    best = candidates.best(search.k)
-    best.unweighted = unweighted
-    return best
+    return candidates.best(search.k)
 
 
 def by_dense_and_lexical(passages: Passages, query: M3Encoding, search: Search) -> Candidates:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from langchain_bge_dense.chroma.session import Session
 
     Replace = Callable[[GuardedCollection, Callable[[GuardedCollection], None]], None]
+    Written = tuple["Position", list[tuple[str, bytes | None]]]
 
 _PAGE = 500  # rows looked up at once
 _INDEX_PAGE = 4_096  # rows that an index reads at once
@@ -163,9 +164,7 @@ class Signals(ABC):
         """Forget passages."""
 
     @abstractmethod
-    def since(
-        self, position: Position
-    ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
+    def since(self, position: Position) -> Iterator[Written]:
         """Read keys and packed weights, None if gone, written after a position, page by page."""
 
     @abstractmethod
@@ -201,9 +200,7 @@ class FolderSignals(Signals):
             with self._database() as database:
                 database.executemany(_DELETE, ((key,) for key in keys))
 
-    def since(
-        self, position: Position
-    ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
+    def since(self, position: Position) -> Iterator[Written]:
         """Read keys and packed weights, None if gone, written after a position, page by page."""
         while self._file.exists():
             with self._database() as database:
@@ -292,9 +289,7 @@ class CollectionSignals(Signals):
             self._collection.delete([*known, *map(_codes_id, known)])
             _upsert(self._collection, [_entry(known)])
 
-    def since(
-        self, position: Position
-    ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
+    def since(self, position: Position) -> Iterator[Written]:
         """Read keys and packed weights, None if gone, written after a position, page by page."""
         while (found := self._collection.find()) is not None:
             number = position.number if found.id == position.log else 0
