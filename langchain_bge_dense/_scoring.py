@@ -55,7 +55,11 @@ def dense_scores(query: NDArray[np.float32], passages: NDArray[np.float32]) -> N
 
 
 def cosines(vectors: np.ndarray[Any, Any], query: np.ndarray[Any, Any]) -> Any:
-    """Compute the cosines of `(N, D)` vectors and a `(D,)` one, `(N,)`; 0 for a zero vector."""
+    """Compute the cosines of `(N, D)` vectors and a `(D,)` one, `(N,)`; 0 for a zero vector.
+
+    >>> cosines(np.array([[3.0, 0.0], [3.0, 4.0], [0.0, 0.0]]), np.array([2.0, 0.0]))
+    array([1. , 0.6, 0. ])
+    """
     norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)  # (N,)
     return vectors @ query / np.maximum(norms, np.float32(1e-12))  # (N,)
 
