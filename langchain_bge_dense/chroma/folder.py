@@ -318,6 +318,10 @@ class Folder:
                 raise
             raise self.error(error) from error
 
+    def is_there(self) -> bool:
+        """Whether Chroma's database exists."""
+        return self._database_file.exists()
+
     def error(self, reason: Exception) -> OSError:
         """Make the error for a folder that could not be read or written to."""
         text = str(reason)
@@ -326,7 +330,7 @@ class Folder:
                 f"{self.path!r} may not be written to: {reason}. Give this process the right to "
                 "write to the folder and to all files in it, or take another folder."
             )
-        if not self._database_file.exists():
+        if not self.is_there():
             return FileNotFoundError(
                 f"{self.path!r} holds no chroma.sqlite3 any more: {reason}. The folder was removed "
                 "or emptied while it was open. Open the collection again and index its documents."
