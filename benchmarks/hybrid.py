@@ -117,7 +117,7 @@ def random_weights(size: int) -> Iterator[list[dict[int, float]]]:
 
 def fill_index(store: BGEM3Chroma, size: int) -> None:
     """Write random weights of so many passages."""
-    store.passages.session.acquire_writer()
+    store.passages.acquire_writer()
     for number, lexical in enumerate(random_weights(size)):
         ids = (f"{number * BATCH + row:064}" for row in range(BATCH))
         encoded = Encoded(np.empty((BATCH, 0), np.float32), list(map(pack, lexical)))
@@ -163,7 +163,7 @@ def fill_store(
 ) -> None:
     """Write passages with a number from 0 to 1 that filters take."""
     passages, chooser = store.passages, np.random.default_rng(2)
-    passages.session.acquire_writer()
+    passages.acquire_writer()
     for first in range(0, len(lexical), BATCH):
         rows = lexical[first : first + BATCH]
         numbers = range(first, first + len(rows))

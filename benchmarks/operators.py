@@ -40,7 +40,7 @@ def main() -> None:
 
 def shares(model: str, dtype: str, lengths: list[int]) -> dict[str, float]:
     # Loaded in this thread: the profiler sees no other one.
-    checkpoint = BGEM3Embeddings(model=model)._checkpoint()  # noqa: SLF001
+    checkpoint = BGEM3Embeddings(model=model).session().checkpoint
     encoder = load_encoder(checkpoint, "cpu", dtype)
     chooser = random.Random(0)
     texts = [text_of(length - 2, encoder.count, chooser) for length in lengths]

@@ -59,7 +59,7 @@ _SENTENCES = (
 
 
 class Codec(NamedTuple):
-    """How ColBERT vectors become codes, and scores.
+    """A codec of ColBERT vectors, which scores their codes, too.
 
     Attributes:
         kind: Bits a dimension.
@@ -73,23 +73,15 @@ class Codec(NamedTuple):
 
     @classmethod
     def of(cls, embeddings: BGEM3Embeddings, kind: Kind = "1bit", pooling: int = 1) -> Codec:
-        """The codec of a model, equal wherever it is made.
-
-        Raises:
-            ValueError: The checkpoint has no ColBERT head.
-        """
+        """Make the codec of a model, which is equal wherever it is made."""
         session = embeddings.session()
-        options = session.documents._replace(instruction="", on_truncate="ignore", paired=False)
-        encoding = session.engine.encode(_SENTENCES, options, dense=False, colbert=True)
+        options = session.documents._replace(instruction="", on_truncate="ignore")
+        encoding = embeddings.engine().encode(_SENTENCES, options, dense=False, colbert=True)
         mean = np.concatenate(encoding.colbert or []).mean(axis=0)  # (D,)
         return cls(kind, pooling, mean.astype(np.float16).astype(np.float32))
 
     def compress(self, vectors: NDArray[np.float32]) -> bytes:
-        """Codes of a passage: its kind, a scale a token, and the codes themselves.
-
-        Args:
-            vectors: `(T, D)`.
-        """
+        """Compress `(T, D)` vectors of a passage: its kind, a scale for each token, the codes."""
         residuals = pooled(vectors, self.pooling) - self.mean  # (P, D)
         packed = _QUANTISERS[self.kind](residuals)  # (P, B)
         units = self._levels(packed)  # (P, D)
@@ -106,11 +98,7 @@ class Codec(NamedTuple):
         return vectors  # (P, D)
 
     def check(self, codes: bytes) -> None:
-        """Refuse codes of another kind or width.
-
-        Raises:
-            ValueError: They are.
-        """
+        """Check that codes are of this kind and width."""
         token = 2 + self._width
         if codes[:1] != bytes([KINDS.index(self.kind)]) or (len(codes) - 1) % token:
             msg = (
@@ -120,15 +108,7 @@ class Codec(NamedTuple):
             raise ValueError(msg)
 
     def maxsim(self, query: NDArray[np.float32], passages: Sequence[bytes]) -> NDArray[np.float32]:
-        """`_scoring.maxsim_scores` from codes.
-
-        Args:
-            query: ColBERT vectors, `(Q, D)`.
-            passages: Codes of N passages.
-
-        Returns:
-            Scores, `(N,)`.
-        """
+        """Compute `_scoring.maxsim_scores` of `(Q, D)` vectors from codes of N passages, `(N,)`."""
         if not passages:
             return np.empty(0, np.float32)
         parts = [self._parts(codes) for codes in passages]
@@ -182,11 +162,7 @@ class Codec(NamedTuple):
 
 
 def check_kind(kind: object, pooling: int) -> None:
-    """Refuse codes that there are not.
-
-    Raises:
-        ValueError: It is another kind, or less than one token to a vector.
-    """
+    """Check that there are such codes."""
     if kind not in KINDS or pooling < 1:
         msg = (
             f"There are no ColBERT codes of colbert={kind!r} and colbert_pooling={pooling}. "
@@ -201,15 +177,10 @@ def colbert_windows(texts: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def pooled(vectors: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
-    """Directions of the most similar tokens' means, a `factor`-th of them (arXiv:2409.14683).
+    """Pool `(T, D)` vectors into directions of the most similar tokens' means (arXiv:2409.14683).
 
-    Args:
-        vectors: Of a passage's tokens, `(T, D)`.
-        factor: Tokens per cluster on average.
-
-    Returns:
-        One vector for each of Ward's clusters, `(P, D)`, as long as its tokens' are on average; in
-        long passages clusters are of neighbouring tokens alone.
+    Each of Ward's clusters, of `factor` tokens on average, gives a vector as long as its tokens'
+    are on average, `(P, D)`; in long passages clusters are of neighbouring tokens alone.
     """
     if factor == 1 or len(vectors) <= factor:
         return vectors

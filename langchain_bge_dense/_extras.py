@@ -11,15 +11,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def needs(extra: str, part: str) -> Iterator[None]:
-    """Name the extra of `pyproject.toml` that an import lacks.
-
-    Args:
-        extra: Its name.
-        part: What needs it.
-
-    Raises:
-        ModuleNotFoundError: A module is not installed.
-    """
+    """Name the extra of `pyproject.toml` that an import lacks, and the part that needs it."""
     try:
         yield
     except ModuleNotFoundError as error:

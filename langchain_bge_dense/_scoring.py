@@ -37,18 +37,10 @@ SCORE_KEYS = frozenset(map(score_key, SCORES))
 def lexical_scores(
     query: Mapping[int, float], passages: Sequence[Mapping[int, float]]
 ) -> NDArray[np.float32]:
-    """Sum, over the tokens that query and passage share, the products of their weights.
+    """Sum the products of the weights of the tokens that query and passage share, `(N,)`.
 
-    Args:
-        query: Token id to weight.
-        passages: The same for each of `N` passages.
-
-    Returns:
-        Scores, `(N,)`; 0 where no token is shared.
-
-    Example:
-        >>> lexical_scores({7: 0.5, 8: 1.0}, [{7: 0.5, 9: 0.25}, {}])
-        array([0.25, 0.  ], dtype=float32)
+    >>> lexical_scores({7: 0.5, 8: 1.0}, [{7: 0.5, 9: 0.25}, {}])
+    array([0.25, 0.  ], dtype=float32)
     """
     scores = [
         sum(weight * passage.get(token, 0.0) for token, weight in query.items())
@@ -58,16 +50,18 @@ def lexical_scores(
 
 
 def dense_scores(query: NDArray[np.float32], passages: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Take the inner products of dense vectors: their cosines, where they have unit length.
-
-    Args:
-        query: One vector, `(D,)`.
-        passages: Vectors, `(N, D)`.
-
-    Returns:
-        Scores, `(N,)`.
-    """
+    """Take the inner products of a `(D,)` query and `(N, D)` passages, `(N,)`."""
     return product(passages, query)  # (N,)
+
+
+def cosines(vectors: np.ndarray[Any, Any], query: np.ndarray[Any, Any]) -> Any:
+    """Compute the cosines of `(N, D)` vectors and a `(D,)` one, `(N,)`; 0 for a zero vector.
+
+    >>> cosines(np.array([[3.0, 0.0], [3.0, 4.0], [0.0, 0.0]]), np.array([2.0, 0.0]))
+    array([1. , 0.6, 0. ])
+    """
+    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)  # (N,)
+    return vectors @ query / np.maximum(norms, np.float32(1e-12))  # (N,)
 
 
 def product(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -86,17 +80,10 @@ def product(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
 def maxsim_scores(
     query: NDArray[np.float32], passages: Sequence[NDArray[np.float32]]
 ) -> NDArray[np.float32]:
-    """Give each query token its most similar passage token, and average over the query.
+    """Give each query token its most similar passage token, and average over the query, `(N,)`.
 
-    Every passage keeps its own length: a similarity can be negative, so the zeros of padded
-    passages could win over tokens.
-
-    Args:
-        query: ColBERT vectors, `(Q, D)`, at least one.
-        passages: ColBERT vectors of each passage, `(T_i, D)`, at least one.
-
-    Returns:
-        Scores, `(N,)`.
+    Every passage of `(T_i, D)` keeps its own length: a similarity can be negative, so the zeros of
+    padded passages could win over tokens.
     """
     best = [
         product(query, passage.T).max(axis=1).mean() for passage in passages
@@ -107,30 +94,15 @@ def maxsim_scores(
 def weighted_mean(
     scores: Sequence[NDArray[np.float32]], weights: Sequence[float]
 ) -> NDArray[np.float32]:
-    """Add up the scores of several signals, as `BGEM3FlagModel.compute_score` does.
-
-    Args:
-        scores: One array for each signal, `(N,)`: dense, lexical and, where it counts, ColBERT.
-        weights: One for each signal; divided by their sum.
-
-    Returns:
-        Scores, `(N,)`.
-    """
+    """Average `(N,)` scores of several signals, as `BGEM3FlagModel.compute_score` does."""
     return np.average(np.stack(scores), axis=0, weights=weights).astype(np.float32)  # (N,)
 
 
 def standardized(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Bring scores to mean 0 and standard deviation 1.
+    """Bring `(N,)` scores of one query's candidates to mean 0 and standard deviation 1.
 
-    Args:
-        scores: Of one signal for one query's candidates, `(N,)`.
-
-    Returns:
-        The same shape; all 0 where the scores are all the same.
-
-    Example:
-        >>> standardized(np.array([1.0, 3.0], np.float32))
-        array([-1.,  1.], dtype=float32)
+    >>> standardized(np.array([1.0, 3.0], np.float32))
+    array([-1.,  1.], dtype=float32)
     """
     spread = scores.std() if len(scores) else 0.0
     if spread < _NO_SPREAD:
@@ -140,18 +112,10 @@ def standardized(scores: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def scaled(scores: NDArray[np.float32], fusion: Fusion) -> NDArray[np.float32]:
-    """Bring the scores of one signal to where they can be added to those of the others.
+    """Bring `(N,)` scores of a signal to a scale on which they are added to those of the others.
 
-    Args:
-        scores: For one query's candidates, `(N,)`.
-        fusion: `"standard"` scores, `"raw"` ones, or `"rrf"`, reciprocals of 60 and the rank.
-
-    Returns:
-        The same shape.
-
-    Example:
-        >>> scaled(np.array([0.1, 0.9], np.float32), "rrf") * 62
-        array([1.       , 1.0163934], dtype=float32)
+    >>> scaled(np.array([0.1, 0.9], np.float32), "rrf") * 62
+    array([1.       , 1.0163934], dtype=float32)
     """
     if fusion == "standard":
         return standardized(scores)
@@ -164,14 +128,10 @@ def scaled(scores: NDArray[np.float32], fusion: Fusion) -> NDArray[np.float32]:
 
 
 def checked_weights(weights: object) -> tuple[float, ...]:
-    """Three weights, of the dense, lexical and ColBERT score, that can be used for a mean.
+    """Check three weights, of the dense, lexical and ColBERT score, not all of which are 0.
 
-    Raises:
-        ValueError: They are not three numbers, one is negative or not finite, or all are zero.
-
-    Example:
-        >>> checked_weights([1, 0.5, 0])
-        (1.0, 0.5, 0.0)
+    >>> checked_weights([1, 0.5, 0])
+    (1.0, 0.5, 0.0)
     """
     try:
         numbers = tuple(float(weight) for weight in weights)  # type: ignore[attr-defined]

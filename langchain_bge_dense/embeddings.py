@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from langchain_core.embeddings import Embeddings
@@ -25,6 +25,7 @@ from pydantic import (
 
 from langchain_bge_dense._engine.checkpoint import Checkpoint, read_checkpoint
 from langchain_bge_dense._engine.hub import HubSource, resolve
+from langchain_bge_dense._keywords import check_keywords
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -37,37 +38,8 @@ if TYPE_CHECKING:
     from langchain_bge_dense._engine.calls import BaseEngine, Options
     from langchain_bge_dense._engine.outputs import M3Encoding
 
-# Keywords of HuggingFaceEmbeddings and of FlagEmbedding, and the field that does it here, if any.
-_ELSEWHERE = {
-    "model_kwargs": "device, dtype, revision, token, local_files_only",
-    "encode_kwargs": "normalize, batch_tokens, document_instruction",
-    "query_encode_kwargs": "normalize, batch_tokens, query_instruction",
-    "model_name_or_path": "model",
-    "cache_dir": "cache_folder",
-    "use_auth_token": "token",
-    "devices": "device",
-    "use_fp16": 'dtype="float16"',
-    "use_bf16": 'dtype="bfloat16"',
-    "torch_dtype": "dtype",
-    "pooling_method": "pooling",
-    "normalize_embeddings": "normalize",
-    "query_instruction_for_retrieval": "query_instruction",
-    "passage_instruction_for_retrieval": "document_instruction",
-    "query_instruction_format": "query_instruction, which is put in front as it is",
-    "passage_instruction_format": "document_instruction, which is put in front as it is",
-    "embed_instruction": "document_instruction",
-    "query_max_length": "max_length",
-    "passage_max_length": "max_length",
-    "batch_size": "batch_tokens, which counts tokens and may be left out",
-    "show_progress_bar": "show_progress",
-    "return_dense": "encode(texts, dense=True)",
-    "return_sparse": "encode(texts, lexical=True)",
-    "return_colbert_vecs": "encode(texts, colbert=True)",
-    "multi_process": "langchain_bge_dense.serve or langchain_bge_dense.ray",
-    "colbert_dim": None,
-    "truncate_dim": None,
-    "trust_remote_code": None,
-}
+P = TypeVar("P")
+
 # Fields of a model that is loaded here.
 _OF_THE_MODEL = (
     "model",
@@ -81,13 +53,13 @@ _OF_THE_MODEL = (
     "batch_tokens",
 )
 _OF_A_CLIENT = ("api_key",)
-_UNLOADED = {"_found": None, "_engine": None, "_paired": False}
+_UNLOADED = {"_session": None, "_engine": None, "_pairs": None}
 
 
 class Session(NamedTuple):
-    """A model that is loaded, for the other parts of this package."""
+    """Checkpoint and options of some embeddings, for the other parts of this package."""
 
-    engine: BaseEngine
+    checkpoint: Checkpoint
     documents: Options
     """How `embed_documents` encodes."""
     queries: Options
@@ -161,9 +133,9 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     show_progress: bool = False
     """Show a bar over texts in `embed_documents` and `encode`."""
 
-    _found: Any = PrivateAttr(None)
+    _session: Any = PrivateAttr(None)
     _engine: Any = PrivateAttr(None)
-    _paired: bool = PrivateAttr(default=False)
+    _pairs: Any = PrivateAttr(None)
 
     @field_validator("model", "cache_folder", mode="before")
     @classmethod
@@ -188,15 +160,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     @model_validator(mode="before")
     @classmethod
     def _names_of_elsewhere(cls, fields: Any) -> Any:
-        if found := [name for name in _ELSEWHERE if isinstance(fields, dict) and name in fields]:
-            here = (
-                f"Instead of {name} use {field}."
-                if (field := _ELSEWHERE[name])
-                else f"Leave {name} out."
-                for name in found
-            )
-            msg = f"BGEM3Embeddings has no field {', '.join(found)}. {' '.join(here)}"
-            raise ValueError(msg)
+        check_keywords(fields)
         return fields
 
     @model_validator(mode="after")
@@ -260,7 +224,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
 
         engine, settings = wrap(flag)
         embeddings = cls(**{**settings, **fields})
-        embeddings._engine, embeddings._found = engine, engine.checkpoint
+        embeddings._engine, embeddings._session = engine, embeddings._read(engine.checkpoint)
         return embeddings
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -280,8 +244,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         """
         if hasattr(texts, "__len__") and len(texts) == 0:  # `not texts` would refuse an array
             return []
-        engine, options = self._loaded(), self._options(query=False)
-        return _floats(engine.encode(texts, options, show_progress=self.show_progress))
+        return self._dense(texts, self.session().documents, show_progress=self.show_progress)
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a query, ahead of documents that wait.
@@ -295,21 +258,32 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         Example:
             >>> vector = BGEM3Embeddings(model=checkpoint).embed_query("what is a vector?")
         """
-        return _floats(self._loaded().encode([text], self._options(query=True)))[0]
+        return self._dense([text], self.session().queries)[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """`embed_documents` for an event loop; cancelling it drops the texts that have not run."""
         if hasattr(texts, "__len__") and len(texts) == 0:  # `not texts` would refuse an array
             return []
-        return await self._aembed(texts, query=False)
+        return await self._adense(texts, query=False)
 
     async def aembed_query(self, text: str) -> list[float]:
         """`embed_query` for an event loop; cancelling it drops the query."""
-        return (await self._aembed([text], query=True))[0]
+        return (await self._adense([text], query=True))[0]
 
-    async def _aembed(self, texts: list[str], *, query: bool) -> list[list[float]]:
-        engine = self._engine or await asyncio.to_thread(self._loaded)
-        encoding = await engine.aencode(texts, self._options(query=query))
+    def _dense(self, texts: list[str], options: Options, **progress: bool) -> list[list[float]]:
+        engine, pairs = self.engine(), self._pairs
+        if pairs is None:
+            return _floats(engine.encode(texts, options, **progress))
+        return _floats(pairs.encode(engine, texts, options, **progress))
+
+    async def _adense(self, texts: list[str], *, query: bool) -> list[list[float]]:
+        engine, pairs = self._engine or await asyncio.to_thread(self.engine), self._pairs
+        session = self.session()
+        options = session.queries if query else session.documents
+        if pairs is None:
+            encoding = await engine.aencode(texts, options)
+        else:
+            encoding = await pairs.aencode(engine, texts, options)
         return await asyncio.to_thread(_floats, encoding)
 
     def embed_stream(self, texts: Iterable[str]) -> Iterator[NDArray[np.float32]]:
@@ -328,7 +302,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             >>> [vector.dtype.name for vector in stream]
             ['float32', 'float32', 'float32']
         """
-        return self._loaded().stream(texts, self._options(query=False))
+        return self.engine().stream(texts, self.session().documents)
 
     def encode(
         self,
@@ -360,9 +334,10 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             >>> encoding.dense.shape[0], len(encoding.lexical)
             (1, 1)
         """
-        return self._loaded().encode(
+        session = self.session()
+        return self.engine().encode(
             texts,
-            self._options(query=query)._replace(paired=False),
+            session.queries if query else session.documents,
             dense=dense,
             lexical=lexical,
             colbert=colbert,
@@ -376,7 +351,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             >>> BGEM3Embeddings(model=checkpoint).count_tokens("")
             0
         """
-        return self._loaded().count_tokens(text)
+        return self.engine().count_tokens(text)
 
     def tokens(self, weights: dict[int, float]) -> dict[str, float]:
         """Lexical weights with token strings for keys, the largest first, for people to read.
@@ -387,12 +362,12 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             >>> len(embeddings.tokens(weights)) == len(weights)
             True
         """
-        return self._loaded().token_strings(weights)
+        return self.engine().token_strings(weights)
 
     @property
     def dimension(self) -> int:
         """Width of a dense vector. Reads the checkpoint's files, loads no weights."""
-        return self._checkpoint().dimension
+        return self.session().checkpoint.dimension
 
     @property
     def fingerprint(self) -> str:
@@ -407,13 +382,12 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             >>> fingerprint.endswith("-cls")
             True
         """
-        found = self._checkpoint()
+        found, documents, queries = self.session()
         name = re.sub(r"[^A-Za-z0-9._-]", "_", found.name)
         parts = [name, found.digest, found.modules.pooling]
         if not self.normalize:
             parts.append("unnormalized")
-        query, document = (self._instruction(query=query) for query in (True, False))
-        instructions = {"query": query, "document": document}
+        instructions = {"query": queries.instruction, "document": documents.instruction}
         parts += [f"{kind}_{_digest(text)}" for kind, text in instructions.items() if text]
         return "-".join(parts)
 
@@ -427,7 +401,8 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         Example:
             >>> embeddings = BGEM3Embeddings(model=checkpoint).load()
         """
-        self._loaded().checkpoint.longest(self.max_length)
+        self.engine()
+        self.session()
         return self
 
     def close(self) -> None:
@@ -436,33 +411,47 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         Example:
             >>> BGEM3Embeddings(model=checkpoint).load().close()
         """
-        self._engine = self._found = None
+        self._engine = self._session = None
 
     def session(self) -> Session:
+        """Read checkpoint and options, for the other parts of this package; loads no weights."""
+        session: Session | None = self._session  # read once: `close` may come at any moment
+        if session is None:
+            local = self.base_url is None
+            found = self._read_checkpoint() if local else self.engine().checkpoint
+            session = self._session = self._read(found)
+        return session
+
+    def engine(self) -> BaseEngine:
         """Load the model, for the other parts of this package."""
-        documents, queries = (self._options(query=query) for query in (False, True))
-        return Session(self._loaded(), documents, queries)
+        engine: BaseEngine | None = self._engine  # read once: `close` may come at any moment
+        if engine is None:
+            engine = self._load() if self.base_url is None else self._connect(self.base_url)
+            self._engine = engine
+        return engine
 
-    def _sparse_side(self) -> Callable[..., list[dict[int, float]]]:
-        """The sparse embeddings of a hybrid store.
+    def pair(self, make: Callable[[], P]) -> P:
+        """Share forward passes with the sparse side of a store from now on."""
+        if self._pairs is None:
+            self._pairs = make()
+        pairs: P = self._pairs
+        return pairs
 
-        From now on the dense side computes lexical weights too, for this one to take, and the
-        other way round.
-        """
-        self._paired = True
-        return self._lexical
+    def _read(self, checkpoint: Checkpoint) -> Session:
+        from langchain_bge_dense._engine.calls import Options
 
-    def _lexical(self, texts: list[str], *, query: bool) -> list[dict[int, float]]:
-        options = self._options(query=query)
-        encoding = self._loaded().encode(texts, options, dense=False, lexical=True)
-        return encoding.lexical or []
-
-    def _checkpoint(self) -> Checkpoint:
-        found: Checkpoint | None = self._found  # read once: `close` may come at any moment
-        if found is None:
-            found = self._read_checkpoint() if self.base_url is None else self._loaded().checkpoint
-            self._found = found
-        return found
+        prompts = checkpoint.modules.prompts
+        query, document = self.query_instruction, self.document_instruction
+        documents = Options(
+            instruction=prompts.document if document is None else document,
+            max_length=checkpoint.longest(self.max_length),
+            on_truncate=self.on_truncate,
+            normalize=self.normalize,
+            batch_tokens=self.batch_tokens,
+        )
+        instruction = prompts.query if query is None else query
+        queries = documents._replace(instruction=instruction, urgent=True)
+        return Session(checkpoint, documents, queries)
 
     def _read_checkpoint(self) -> Checkpoint:
         token = None if self.token is None else self.token.get_secret_value()
@@ -477,27 +466,11 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         folder = resolve(source)
         return read_checkpoint(folder, Path(self.model).name or folder.name, self.pooling)
 
-    def _instruction(self, *, query: bool) -> str:
-        """What goes in front of a text: the field, else the checkpoint's prompt."""
-        own = self.query_instruction if query else self.document_instruction
-        if own is not None:
-            return own
-        prompts = self._checkpoint().modules.prompts
-        return prompts.query if query else prompts.document
-
-    def _loaded(self) -> BaseEngine:
-        engine: BaseEngine | None = self._engine  # read once: `close` may come at any moment
-        if engine is None:
-            engine = self._load() if self.base_url is None else self._connect(self.base_url)
-            self._engine = engine
-        return engine
-
     def _load(self) -> BaseEngine:
         from langchain_bge_dense._engine.engine import shared_engine
 
-        found = self._checkpoint()
-        found.longest(self.max_length)  # a wrong one should not cost the loading of the weights
-        return shared_engine(found, self.device, self.dtype)
+        # A wrong max_length, of which the session tells, should not cost the loading of weights.
+        return shared_engine(self.session().checkpoint, self.device, self.dtype)
 
     def _connect(self, base_url: str) -> BaseEngine:
         from langchain_bge_dense._engine.client import shared_client
@@ -506,19 +479,6 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         client = shared_client(base_url, key)
         client.checkpoint  # noqa: B018 - is asked for here, where a call may block
         return client
-
-    def _options(self, *, query: bool) -> Options:
-        from langchain_bge_dense._engine.calls import Options
-
-        return Options(
-            instruction=self._instruction(query=query),
-            max_length=self._checkpoint().longest(self.max_length),
-            on_truncate=self.on_truncate,
-            normalize=self.normalize,
-            batch_tokens=self.batch_tokens,
-            urgent=query,
-            paired=self._paired and self._checkpoint().has_heads,
-        )
 
 
 def _floats(encoding: M3Encoding) -> list[list[float]]:

@@ -65,7 +65,7 @@ class SharedToken(NamedTuple):
 
     @property
     def score(self) -> float:
-        """What it adds to the lexical score: the product of its weights."""
+        """The product of its weights, a part of the lexical score."""
         return self.query_weight * self.passage_weight
 
 
@@ -260,28 +260,29 @@ def find_matches(
         >>> first.colbert_score > second.colbert_score
         True
     """
-    if isinstance(passages, (str, Document)):
-        msg = f"passages is one {type(passages).__name__}. Pass a list of strings or documents."
-        raise TypeError(msg)
-    documents = [
-        p if isinstance(p, Document) else Document.model_construct(page_content=p) for p in passages
-    ]
-    asked_text = embeddings._instruction(query=True) + query  # noqa: SLF001
-    instruction = embeddings._instruction(query=False)  # noqa: SLF001
-    signals: Any = {"dense": False, "lexical": True, "colbert": True}
-    asked: Any = embeddings.encode([query], **signals, query=True)
+    documents = _documents(passages)
+    asked_text = embeddings.session().queries.instruction + query
+    asked: Any = embeddings.encode([query], dense=False, lexical=True, colbert=True, query=True)
     words = _words(embeddings, asked_text, asked.lexical[0])
     stored = _stored(embeddings, store, documents)
     texts = [document.page_content for document in documents]
-    signals["colbert"] = len(stored) < len(texts)
-    held: Any = embeddings.encode(texts, **signals)
+    computed = len(stored) < len(texts)
+    held: Any = embeddings.encode(texts, dense=False, lexical=True, colbert=computed)
     matches = []
     for row, document in enumerate(documents):
         vectors = stored[row] if row in stored else held.colbert[row]  # (T, D)
         similarities = product(asked.colbert[0], vectors.T)  # (Q, T)
-        spans = _spans(embeddings, texts[row], instruction)
-        matches.append(_match(words, document, held.lexical[row], similarities, spans))
+        matches.append(_match(embeddings, words, document, held.lexical[row], similarities))
     return Matches(asked_text, tuple(words), tuple(matches))
+
+
+def _documents(passages: Iterable[str | Document]) -> list[Document]:
+    if isinstance(passages, (str, Document)):
+        msg = f"passages is one {type(passages).__name__}. Pass a list of strings or documents."
+        raise TypeError(msg)
+    return [
+        p if isinstance(p, Document) else Document.model_construct(page_content=p) for p in passages
+    ]
 
 
 def _stored(
@@ -303,7 +304,7 @@ def _spans(
     embeddings: BGEM3Embeddings, text: str, instruction: str = ""
 ) -> list[tuple[int, int, int]]:
     """Ids of tokens and where in the text they are; those of an instruction have no width."""
-    found = embeddings.session().engine.token_spans(instruction + text)
+    found = embeddings.engine().token_spans(instruction + text)
     offset = len(instruction)
     return [(id_, max(start - offset, 0), max(end - offset, 0)) for id_, start, end in found]
 
@@ -323,11 +324,11 @@ def _words(embeddings: BGEM3Embeddings, query: str, weights: dict[int, float]) -
 
 
 def _match(
+    embeddings: BGEM3Embeddings,
     words: Sequence[Word],
     document: Document,
     held: dict[int, float],
     similarities: NDArray[np.float32],
-    spans: Sequence[tuple[int, int, int]],
 ) -> Match:
     tokens: dict[int, SharedToken] = {}
     scores: dict[str, float] = {}
@@ -342,6 +343,7 @@ def _match(
             scores[name] = scores.get(name, 0) + sum(token.score for token in new.values())
         tokens |= new
     text = document.page_content
+    spans = _spans(embeddings, text, embeddings.session().documents.instruction)
     marks = [Mark(start, end, tokens[id_].score) for id_, start, end in spans if id_ in tokens]
     return Match(
         document,

@@ -120,7 +120,7 @@ class _Columns(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """What became of one text."""
+    """The outputs of one text, or its error."""
 
     vector: np.ndarray[Any, np.dtype[np.float32]] | None  # (D,)
     weights: dict[int, float] | None
@@ -186,7 +186,7 @@ class _Embedder:
 
 
 def _check(columns: _Columns, there: Sequence[str]) -> None:
-    """Refuse names that are not there, or there already."""
+    """Check that the text column exists and that the added ones do not."""
     if there and columns.text not in there:
         msg = (
             f"The dataset has no column {columns.text!r}, but {', '.join(there)}. "

@@ -118,7 +118,9 @@ class BGEM3Reranker(BaseDocumentCompressor):
 
             rows = [row for row, document in enumerate(documents) if document.id]
             keys = [key_of(str(documents[row].id), documents[row].page_content) for row in rows]
-            for name, values in self.vectorstore.passages.scores(encoded, keys).items():
+            stored = self.vectorstore.passages
+            stored.refresh()
+            for name, values in stored.scores(encoded, keys).items():
                 scores[name][rows] = values
         rest = np.flatnonzero(np.isnan(list(scores.values())).any(axis=0)).tolist()
         if rest:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from langchain_core.retrievers import LangSmithRetrieverParams
     from typing_extensions import Self
 
-    from langchain_bge_dense.chroma.passages import Passages
-
 
 class BGEM3Retriever(BaseRetriever):
     """Dense and lexical candidates from a store of `open_chroma`, scored by several signals.
@@ -92,7 +90,8 @@ class BGEM3Retriever(BaseRetriever):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._model = model_of(self.vectorstore, self.embeddings)
-        if not any(self.weights[:2]) and not self._scores_colbert:
+        colbert = self.vectorstore.colbert if self.colbert is None else self.colbert
+        if not any(self.weights[:2]) and not colbert:
             msg = (
                 f"The weights are {self.weights} and ColBERT is not scored, so that nothing counts."
                 " Set colbert=True, or a dense or lexical weight above 0."
@@ -100,16 +99,8 @@ class BGEM3Retriever(BaseRetriever):
             raise ValueError(msg)
         return self
 
-    @property
-    def _passages(self) -> Passages:
-        return self.vectorstore.passages  # type: ignore[no-any-return]
-
-    @property
-    def _scores_colbert(self) -> bool:
-        return bool(self.vectorstore.colbert) if self.colbert is None else self.colbert
-
     def _get_ls_params(self, **kwargs: Any) -> LangSmithRetrieverParams:
-        """What traces say of model and store."""
+        """Name model and store for traces."""
         params = super()._get_ls_params(**kwargs)
         params["ls_vector_store_provider"] = type(self.vectorstore).__name__
         params["ls_embedding_provider"] = type(self._model).__name__
@@ -144,7 +135,7 @@ class BGEM3Retriever(BaseRetriever):
         return type(self)(**{**dict(self), **options}).sharing(self._warned)
 
     def sharing(self, warned: set[str]) -> Self:
-        """The same, warning of what another one has not warned of."""
+        """Share with another retriever what has been warned of."""
         self._warned = warned
         return self
 
@@ -163,23 +154,19 @@ class BGEM3Retriever(BaseRetriever):
             count=max(self.k, self.fetch_k),
             weights=self.weights,
             fusion=self.fusion,
-            colbert=self._scores_colbert,
+            colbert=self.colbert,
             colbert_k=self.colbert_k,
             filters={name: value for name, value in filters.items() if value},
         )
-        if search.weights[1]:
-            self._warn_of_weights()
-        found = find(self._passages, self._model, search)
+        found = find(self.vectorstore.passages, self._model, search)
+        lacking, count = found.unweighted
+        if lacking:
+            what = "lexical weights and score 0 lexically"
+            self._warn_of(lacking, count, what, kept=self.vectorstore.lexical)
         if found.uncoded:
             what = "ColBERT codes: theirs were computed now"
             self._warn_of(found.uncoded, found.scored, what, kept=True)
         return found
-
-    def _warn_of_weights(self) -> None:
-        lacking, count = self._passages.count_without_weights()
-        if lacking:
-            what = "lexical weights and score 0 lexically"
-            self._warn_of(lacking, count, what, kept=self.vectorstore.lexical)
 
     def _warn_of(self, lacking: int, count: int, what: str, *, kept: bool) -> None:
         """Say once what passages lack.
@@ -194,7 +181,7 @@ class BGEM3Retriever(BaseRetriever):
             self._warned.add(what)
             msg = (
                 f"{lacking:,} of {count:,} passages of the collection "
-                f"{self._passages.collection.name!r} have no {what}. "
+                f"{self.vectorstore.passages.collection.name!r} have no {what}. "
                 f"{'Complete' if kept else 'Open it with lexical=True and complete'} them with "
                 "store.add_missing(), or set the weight of that score to 0."
             )

@@ -79,7 +79,7 @@ class Gate:
 @contextmanager
 def gated(embeddings: BGEM3Embeddings) -> Iterator[Gate]:
     """Stands before a model that runs here."""
-    encoder = embeddings._loaded().encoder
+    encoder = embeddings.engine().encoder
     gate = Gate(encoder.forward)
     encoder.forward = gate
     try:

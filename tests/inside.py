@@ -26,7 +26,7 @@ def plain(store: BGEM3Chroma) -> Collection:
 
 def settings_of(store: BGEM3Chroma) -> CollectionSettings:
     """Settings as the collection's metadata have them."""
-    return store.passages.settings
+    return store.passages.refresh()
 
 
 def collections(store: BGEM3Chroma) -> list[str]:
@@ -45,7 +45,7 @@ def keep(store: BGEM3Chroma, keys: Sequence[str], **columns: Any) -> None:
     """Write signals of passages: `lexical` as dicts, `codes` as bytes."""
     if "lexical" in columns:
         columns["lexical"] = list(map(pack, columns["lexical"]))
-    store.passages.session.acquire_writer()
+    store.passages.acquire_writer()
     store.passages.signals.put(keys, Encoded(np.empty((len(keys), 0), np.float32), **columns))
 
 

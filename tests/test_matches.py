@@ -164,7 +164,7 @@ def test_a_token_finds_the_most_similar_one(small: BGEM3Embeddings, length: int 
     query, passage = "shelf of the Büttcher", "seal: Büttcher\nshelf: C-14"
     [match] = find_matches(embeddings, query, [passage]).passages
     asked, held = embeddings.encode([query, passage], dense=False, colbert=True).colbert
-    spans = [passage[start:end] for _, start, end in small._loaded().token_spans(passage)]
+    spans = [passage[start:end] for _, start, end in small.engine().token_spans(passage)]
     texts = [*spans[: len(held) - 1], ""]
     best = (asked @ held.T).argmax(axis=1)
     assert [t.passage_text for t in match.similar] == [texts[column] for column in best]

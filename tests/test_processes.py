@@ -169,13 +169,11 @@ def fork_while_another_thread_embeds(embeddings: BGEM3Embeddings) -> None:
 
 @scenario
 def fork_while_locks_are_held(embeddings: BGEM3Embeddings) -> None:
-    from langchain_bge_dense._engine.calls import _pairs_lock
     from langchain_bge_dense._engine.engine import _loading_lock
 
-    embeddings._sparse_side()
     scheduler = embeddings._engine.scheduler
     expected = embeddings.embed_documents(FEW)
-    with _loading_lock, _pairs_lock, scheduler._lock, scheduler.loaded._condition:
+    with _loading_lock, scheduler._lock, scheduler.loaded._condition:
         in_child(lambda: same(embeddings, expected) and same(fresh(embeddings), expected))
 
 
@@ -186,7 +184,7 @@ def fork_while_a_result_is_delivered(embeddings: BGEM3Embeddings) -> None:
 
     engine = embeddings._engine
     expected = embeddings.embed_documents(FEW)
-    call = Call(engine, FEW, Outputs(), embeddings._options(query=False))
+    call = Call(engine, FEW, Outputs(), embeddings.session().documents)
     request = call.advance()
 
     def go_on() -> bool:

@@ -284,7 +284,7 @@ def test_lexical_candidates_are_all_that_pass_the_filter(
     lexical = [{tokens[word]: float(chooser.random()) for word in text.split()} for text in texts]
     vectors = chooser.standard_normal((count, small.dimension)).astype(np.float32)
     passages = store.passages
-    passages.session.acquire_writer()
+    passages.acquire_writer()
     records = [
         record(Document(t, metadata=m, id=str(n)), n)
         for n, (t, m) in enumerate(zip(texts, rows, strict=True))
@@ -295,7 +295,7 @@ def test_lexical_candidates_are_all_that_pass_the_filter(
     exact[[number % share != 0 for number in range(count)]] = 0
     search = Search("", 4, 50, (0, 1, 0), "standard", filters={"where": {"group": 0}})
     among = passages.ids(**search.filters)
-    assert passages.has_weights()
+    assert passages.count_without_weights()
     found = passages.index.scores(query).ranked(50, among)
     order = np.argsort(-exact, kind="stable")[:50]
     expected = exact[order][exact[order] > 0]

@@ -12,6 +12,7 @@ from reference import flag_model
 from langchain_bge_dense._scoring import (
     SCORE_KEYS,
     checked_weights,
+    cosines,
     dense_scores,
     lexical_scores,
     maxsim_scores,
@@ -96,6 +97,11 @@ def test_all_scores_equal_those_of_compute_score(flag, encoded):
     for name, values in ours.items():
         reference = [score[name] for score in expected]
         np.testing.assert_allclose(values, reference, atol=1e-5, rtol=0, err_msg=name)
+
+
+def test_cosines_by_hand():
+    vectors = np.array([[3, 0], [3, 4], [-2, 0], [0, 0]], np.float32)
+    np.testing.assert_allclose(cosines(vectors, np.array([2, 0], np.float32)), [1, 0.6, -1, 0])
 
 
 def test_lexical_score_by_hand():

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextvars import ContextVar
@@ -20,7 +20,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from langchain_bge_dense._engine.checkpoint import HEADS
-from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense._engine.outputs import Outputs
 
 if TYPE_CHECKING:
@@ -39,13 +38,10 @@ _AHEAD = 2  # requests under way
 
 _POLL_SECONDS = 0.2
 _CUT_TEXTS_NAMED = 5  # in a warning
-_KEPT_ENCODINGS = 8  # whose other half was not asked for yet
-
-_pairs_lock = forkable_lock()
 
 
 class Options(NamedTuple):
-    """How the texts of one call are encoded.
+    """Options of one call.
 
     Attributes:
         instruction: Put in front of each text.
@@ -54,7 +50,6 @@ class Options(NamedTuple):
         normalize: Scale vectors to unit length.
         batch_tokens: Tokens per forward pass; None: what suits the device.
         urgent: A query, which goes before documents.
-        paired: The dense and the lexical output are asked for one after the other.
     """
 
     instruction: str
@@ -63,17 +58,10 @@ class Options(NamedTuple):
     normalize: bool
     batch_tokens: int | None
     urgent: bool = False
-    paired: bool = False
 
 
 class Running(Protocol):
-    """A window of texts that somebody computes.
-
-    Attributes:
-        future: Done once it has run; cancelling it drops the texts that have not run.
-        finished: Texts that have run.
-        process: Where it was made.
-    """
+    """A window of texts that is computed; to cancel its future drops those that have not run."""
 
     future: Future[Any]
     finished: int
@@ -81,7 +69,7 @@ class Running(Protocol):
 
 
 class BaseEngine(ABC):
-    """What computes texts: `Engine` here, `Client` on a server.
+    """A model that encodes texts: `Engine` here, `Client` on a server.
 
     Attributes:
         checkpoint: Of the model.
@@ -93,9 +81,6 @@ class BaseEngine(ABC):
     window = 2_048
     colbert_window = 256
 
-    def __init__(self) -> None:
-        self.pairs = Pairs()
-
     @abstractmethod
     def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Running:
         """A request for checked texts, `first` being the caller's index of the first one."""
@@ -106,7 +91,7 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def encoding(self, requests: Sequence[Any], outputs: Outputs, options: Options) -> M3Encoding:
-        """What came of requests that have run."""
+        """Put the outputs of requests that have run together."""
 
     @abstractmethod
     def token_strings(self, weights: dict[int, float]) -> dict[str, float]:
@@ -128,15 +113,8 @@ class BaseEngine(ABC):
         show_progress: bool = False,
         **outputs: bool,
     ) -> M3Encoding:
-        """Encode N texts for the `Outputs` named; a bar shows how many of several have run.
-
-        Raises:
-            TypeError: An item is not a string; the error names its index.
-            ValueError: The checkpoint lacks the heads for an output, a text cannot be encoded, or
-                is too long with `on_truncate="raise"`.
-            FloatingPointError: An output is non-finite in float32, too.
-        """
-        texts = list(_checked(texts))
+        """Encode N texts for the `Outputs` named; a bar shows how many of several have run."""
+        texts = list(checked_texts(texts))
         call = Call(self, texts, Outputs(**outputs), options)
         with contextlib.closing(call), _bar(len(texts), show=show_progress) as shown:
             while (request := call.advance()) is not None:
@@ -148,7 +126,7 @@ class BaseEngine(ABC):
         self, texts: Iterable[str], options: Options, *, first: int = 0, **outputs: bool
     ) -> M3Encoding:
         """`encode` for an event loop; cancelling it drops the texts that have not run."""
-        call = Call(self, list(_checked(texts)), Outputs(**outputs), options, first)
+        call = Call(self, list(checked_texts(texts)), Outputs(**outputs), options, first)
         with contextlib.closing(call):
             while (request := await asyncio.to_thread(call.advance)) is not None:
                 await asyncio.wrap_future(request.future)
@@ -157,7 +135,7 @@ class BaseEngine(ABC):
 
     def stream(self, texts: Iterable[str], options: Options) -> Iterator[NDArray[np.float32]]:
         """Dense vectors of any iterable one by one, each `(D,)`, in constant memory."""
-        call = Call(self, _checked(texts), Outputs(), options._replace(paired=False))
+        call = Call(self, checked_texts(texts), Outputs(), options)
         return self._vectors(call)
 
     def _vectors(self, call: Call) -> Iterator[NDArray[np.float32]]:
@@ -168,11 +146,7 @@ class BaseEngine(ABC):
                 yield from call.warned(call.encoding()).dense  # type: ignore[misc]
 
     def require(self, outputs: Outputs) -> None:
-        """Check that outputs can be computed.
-
-        Raises:
-            ValueError: None is asked for, or the checkpoint lacks its head.
-        """
+        """Check that the checkpoint has the heads for outputs, of which one is asked for."""
         if not (outputs.dense or outputs.lexical or outputs.colbert):
             msg = "No output is asked for. Set dense, lexical or colbert to True."
             raise ValueError(msg)
@@ -185,15 +159,7 @@ class BaseEngine(ABC):
 
 
 class Call:
-    """One call of a caller: its texts window by window, and what came of them.
-
-    Args:
-        engine: Computes them; the call keeps it alive.
-        texts: Read a window at a time.
-        outputs: What to compute.
-        options: How.
-        first: The caller's index of the first text.
-    """
+    """One call of a caller: its texts, read a window at a time, and their results."""
 
     def __init__(
         self,
@@ -203,18 +169,11 @@ class Call:
         options: Options,
         first: int = 0,
     ) -> None:
-        self._engine = engine
-        self._kept: M3Encoding | None = None
-        if options.paired and isinstance(texts, list):
-            self._pair = (options._replace(urgent=False), tuple(texts))
-            self._side = outputs
-            self._kept = engine.pairs.take(self._pair, outputs)
-            outputs |= Outputs(dense=True, lexical=True)
         engine.require(outputs)
-        self._outputs = outputs
+        self._engine, self._outputs = engine, outputs
         urgent = options.urgent or (isinstance(texts, list) and len(texts) == 1)
         self._options = options._replace(urgent=urgent)
-        self._texts = iter(() if self._kept is not None else texts)
+        self._texts = iter(texts)
         self._size = engine.colbert_window if outputs.colbert else engine.window
         self._read = self._returned = first
         self._running: deque[Running] = deque()
@@ -222,7 +181,7 @@ class Call:
         self._closed = False
 
     def advance(self) -> Running | None:
-        """Enqueue the next windows; gives the oldest request, None after the last."""
+        """Enqueue the next windows, and return the oldest request, if any is left."""
         while len(self._running) < _AHEAD and not self._closed:
             window = list(islice(self._texts, self._size))
             if not window:
@@ -247,19 +206,14 @@ class Call:
         self._collected.append(self._running.popleft())
 
     def encoding(self) -> M3Encoding:
-        """What was collected since the last time."""
-        if self._kept is not None:
-            return self._kept
+        """Put the results that were collected since the last time together."""
         encoding = self._engine.encoding(self._collected, self._outputs, self._options)
         self._collected = []
-        if self._options.paired:
-            self._engine.pairs.keep(self._pair, self._side, encoding)
         return encoding
 
     def warned(self, encoding: M3Encoding) -> M3Encoding:
-        """The same, after a warning of texts that were cut; in the thread of the caller."""
-        cut = self._options.on_truncate == "warn" and encoding.truncated.any()
-        if cut and encoding is not self._kept:
+        """Warn of texts that were cut, in the thread of the caller."""
+        if self._options.on_truncate == "warn" and encoding.truncated.any():
             _warn_of_cuts(encoding, self._returned, self._options.max_length)
         self._returned += len(encoding.truncated)
         return encoding
@@ -270,30 +224,6 @@ class Call:
         for request in list(self._running):
             if request.process == os.getpid():  # not of a parent, who may hold the future's lock
                 request.future.cancel()
-
-
-class Pairs:
-    """Encodings for the second of two calls with the same texts.
-
-    A hybrid vector store asks its dense and its sparse embeddings for the same texts one after the
-    other; both come from one forward pass.
-    """
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Any, ...], tuple[Outputs, M3Encoding]] = OrderedDict()
-
-    def take(self, key: tuple[Any, ...], side: Outputs) -> M3Encoding | None:
-        """What a call that asked for the other side left."""
-        with _pairs_lock:
-            kept_for, encoding = self._kept.pop(key, (side, None))
-        return None if kept_for == side else encoding
-
-    def keep(self, key: tuple[Any, ...], side: Outputs, encoding: M3Encoding) -> None:
-        """Leave an encoding to the other side."""
-        with _pairs_lock:
-            self._kept[key] = (side, encoding)
-            while len(self._kept) > _KEPT_ENCODINGS:
-                self._kept.popitem(last=False)
 
 
 def windows(
@@ -317,24 +247,19 @@ def windows(
         yield window
 
 
-def _checked(texts: Iterable[str]) -> Iterable[str]:
-    """Refuse what is not an iterable of texts; its items are checked one by one."""
+def checked_texts(texts: Iterable[str]) -> Iterable[str]:
+    """Check that texts are an iterable; its items are checked one by one."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         msg = (
             f"A single {type(texts).__name__} was passed where a list of texts is expected. "
-            "Put it in a list, or call embed_query for one text."
+            "Put it in a list: [text]."
         )
         raise TypeError(msg)
     return texts
 
 
 def check_text(text: str, index: int) -> str:
-    """Give the text, if it can be tokenised.
-
-    Raises:
-        TypeError: It is not a string.
-        ValueError: It has a lone surrogate, which no encoding can express.
-    """
+    """Check that a text can be tokenised, and return it."""
     if not isinstance(text, str):
         msg = (
             f"Text {index} is {type(text).__name__}, not str. "
@@ -378,7 +303,7 @@ def warn_caller(message: str) -> None:
 
 @contextlib.contextmanager
 def _bar(total: int, *, show: bool) -> Iterator[Callable[[int], object]]:
-    """Give what shows how many more texts have run."""
+    """Make a bar's function that shows how many more texts have run."""
     if not show or total < 2:  # noqa: PLR2004 - one text is over before a bar says anything
         yield _to_nobody
         return

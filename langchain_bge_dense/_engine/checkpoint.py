@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say, and whether they belong together.
+"""The facts in the files of a checkpoint, and whether these belong together.
 
 transformers fills missing tensors with random numbers and drops surplus ones, with a remark in a
 log. So it is asked first, without any data, what it would make of the files.
@@ -70,11 +70,7 @@ class Checkpoint:
     modules: Modules
 
     def longest(self, max_length: int | None) -> int:
-        """Tokens that texts are cut to; with None, as many as there are positions.
-
-        Raises:
-            ValueError: `max_length` is more than that.
-        """
+        """Check a `max_length`; None is the number of positions."""
         if max_length is not None and max_length > self.positions:
             msg = (
                 f"max_length={max_length:,} is more than the {self.positions:,} positions of "
@@ -85,21 +81,10 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path, name: str, pooling: str = "auto") -> Checkpoint:
-    """Read a checkpoint's facts and check that no file is missing or cut short.
+    """Read the facts of a checkpoint and check that no file is missing or cut short.
 
-    Args:
-        folder: A local folder. Links in it are followed wherever they lead.
-        name: What to call it in messages and in the fingerprint.
-        pooling: `"auto"`, as the files say; or `"cls"` or `"mean"`.
-
-    Returns:
-        The facts.
-
-    Raises:
-        FileNotFoundError: A required file is missing.
-        ValueError: A file is damaged, asks for what is not done here, or redirects transformers to
-            files that are not verified.
-        OSError: A file cannot be read.
+    Links in the folder are followed wherever they lead. `name` is for messages and the fingerprint,
+    `pooling` is `"auto"`, as the files say, or `"cls"` or `"mean"`.
     """
     root, folder = folder, transformer_folder(folder)
     config = read_json(folder / "config.json")
@@ -130,17 +115,13 @@ def read_checkpoint(folder: Path, name: str, pooling: str = "auto") -> Checkpoin
 
 
 def _digested(modules: Modules) -> str:
-    """What changes the vectors and is in no file that is in the digest whole."""
+    """Settings that change the vectors and are in no file that is in the digest whole."""
     layers = [layer and (layer.folder.name, *layer[1:]) for layer in modules.layers]
     return repr((modules.lower_case, layers)) if modules.lower_case or layers else ""
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Compare names and shapes of all tensors with the model; runs no code of the files.
-
-    Raises:
-        ValueError: A file is damaged or hostile, or belongs to another model.
-    """
+    """Compare names and shapes of all tensors with the model; runs no code of the files."""
     files = weight_files(checkpoint.folder)
     for file in files:
         shapes(file)  # names the one that is damaged
@@ -154,7 +135,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
 
 
 def _check_fit(file: Path, encoder: Any, found: dict[str, Any]) -> None:
-    """Refuse weights of which transformers would fill in some, or drop some of the encoder's."""
+    """Reject weights of which transformers would fill in some, or drop some of the encoder's."""
     _refuse_additions(file, found["unexpected_keys"])
     for name, stored, expected in sorted(found["mismatched_keys"]):
         if not name.startswith(_UNUSED):
@@ -173,7 +154,7 @@ def _check_fit(file: Path, encoder: Any, found: dict[str, Any]) -> None:
 
 
 def _refuse_additions(file: Path, names: Iterable[str]) -> None:
-    """Refuse what makes another model of the encoder."""
+    """Reject additions that make another model of the encoder."""
     for name in sorted(names):
         if "lora_" in name or "adapter" in name:
             msg = (
@@ -235,16 +216,7 @@ def _check_layer(layer: Dense) -> None:
 
 
 def check_vocabulary(tokenizer: Any, rows: int, folder: Path) -> None:
-    """Check that every token has a row in the embedding matrix.
-
-    Args:
-        tokenizer: The loaded tokenizer.
-        rows: Rows of the matrix.
-        folder: The checkpoint folder.
-
-    Raises:
-        ValueError: A token has no row, or the tokenizer knows special tokens only.
-    """
+    """Check that every token has one of the rows of the embedding matrix."""
     ids = set(tokenizer.get_vocab().values())
     if max(ids, default=0) >= rows:
         msg = (
@@ -285,7 +257,7 @@ def _refuse_redirects(config: dict[str, Any], folder: Path) -> None:
 
 
 def _refuse_code(config: dict[str, Any], file: Path, kind: str) -> None:
-    """Refuse a model or tokenizer of which transformers has at best a namesake."""
+    """Reject a model or tokenizer of which transformers has at best a namesake."""
     mapped = config.get("auto_map")
     code = mapped.get(kind) if isinstance(mapped, dict) else mapped
     if code:

@@ -26,7 +26,6 @@ import numpy as np
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
-    RetryError,
     retry_if_exception,
     stop_after_delay,
     wait_exponential,
@@ -38,6 +37,7 @@ from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense._engine.modules import Modules, Prompts
 from langchain_bge_dense._engine.outputs import encoding_of
 from langchain_bge_dense._engine.wire import unpack
+from langchain_bge_dense._retries import given_up
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -121,7 +121,6 @@ class Client(BaseEngine):
     colbert_window = 32
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
-        super().__init__()
         self._url = base_url
         self._settings = (base_url, api_key)
         self._patience = _FIRST_SECONDS
@@ -141,13 +140,7 @@ class Client(BaseEngine):
 
     @cached_property
     def checkpoint(self) -> Checkpoint:  # type: ignore[override]
-        """What the server serves.
-
-        Raises:
-            ConnectionError: It does not answer.
-            PermissionError: It wants another API key.
-            RuntimeError: It is another kind of server.
-        """
+        """The checkpoint that the server serves."""
         info = self._info
         facts = {name: info[name] for name in _FACTS}
         prompts = Prompts(info["query_instruction"], info["document_instruction"])
@@ -223,23 +216,9 @@ class Client(BaseEngine):
         return json.loads(_run(self._ask("POST", path, json.dumps(question).encode())))
 
     async def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """The reply to a request, which is made again where nobody answers.
-
-        Raises:
-            ConnectionError: Nobody answered in time, or the server has too much to do.
-            PermissionError: It wants another API key.
-            TypeError, ValueError, FloatingPointError: As the engine there raised it.
-        """
+        """Request a reply, again where nobody answers; raise the errors of the engine there."""
         try:
             return await self._retrying()(self._ask_once, method, path, body)
-        except RetryError as error:
-            attempt = error.last_attempt
-            msg = (
-                f"{self._url} did not answer {attempt.attempt_number} times: "
-                f"{attempt.exception()!r}. "
-                "Start the server with python -m langchain_bge_dense.serve, or correct base_url."
-            )
-            raise ConnectionError(msg) from attempt.exception()
         except httpx.NetworkError as error:  # that is not temporary
             msg = (
                 f"{self._url} cannot be asked over TLS: {error}. Write http:// for a server "
@@ -253,6 +232,10 @@ class Client(BaseEngine):
             wait=wait_exponential(multiplier=0.1, max=2),
             stop=stop_after_delay(self._patience),
             before_sleep=partial(Client._log_away, weakref.proxy(self)),  # a cycle would keep it
+            retry_error_callback=given_up(
+                self._url,
+                "Start the server with python -m langchain_bge_dense.serve, or correct base_url.",
+            ),
         )
 
     def _log_away(self, state: RetryCallState) -> None:
@@ -279,7 +262,7 @@ class Client(BaseEngine):
         return response.content
 
     def _error(self, response: httpx.Response) -> Exception:
-        """What the server raised, or that it is another one."""
+        """Make the error that the server raised, or the one of another kind of server."""
         try:
             error = response.json()["error"]
             return _ERRORS[error["type"]](error["message"])

@@ -26,19 +26,11 @@ if TYPE_CHECKING:
 
 
 class Engine(BaseEngine):
-    """A loaded model and the thread that runs it.
-
-    Args:
-        checkpoint: What is loaded.
-        load: Gives what runs it.
-        device: Where it runs.
-        dtype: In what it runs.
-    """
+    """A loaded model and the thread that runs it; `load` gives its encoder."""
 
     def __init__(
         self, checkpoint: Checkpoint, load: Callable[[], Encoder], device: str, dtype: str
     ) -> None:
-        super().__init__()
         self.checkpoint = checkpoint
         self.device, self.dtype = device, dtype
         self.scheduler = Scheduler(load)
@@ -47,11 +39,7 @@ class Engine(BaseEngine):
         self.encoder = result(self.scheduler.loaded)
 
     def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Request:
-        """A request for the scheduler, tokenised.
-
-        Raises:
-            ValueError: A text is too long with `on_truncate="raise"`.
-        """
+        """Tokenise texts into a request for the scheduler."""
         if options.instruction and not self.checkpoint.modules.pools_prompt:
             msg = (
                 f"{self.checkpoint.name!r} pools without the tokens of its prompt "
@@ -114,12 +102,7 @@ _loading_lock = forkable_lock()
 
 
 def shared_engine(checkpoint: Checkpoint, device: str, dtype: str) -> Engine:
-    """The engine of these settings, loaded if no instance has it yet.
-
-    Raises:
-        ValueError: The device is not on this machine or cannot run the dtype, a file is damaged, or
-            the files belong to different models.
-    """
+    """Load the engine of these settings, if no instance has it yet."""
     device, dtype = loading.resolve(device, dtype)
     settings = (checkpoint, device, dtype)
     with _loading_lock:
@@ -131,12 +114,7 @@ def shared_engine(checkpoint: Checkpoint, device: str, dtype: str) -> Engine:
 
 
 def wrap(flag: BGEM3FlagModel) -> tuple[Engine, dict[str, Any]]:
-    """An engine around a model that its owner goes on using, and the fields that describe it.
-
-    Raises:
-        ValueError: The model's instruction formats put more than a text in front.
-        FileNotFoundError: The checkpoint's files are no longer where they were loaded from.
-    """
+    """Make an engine around a model that its owner goes on using, and fields that describe it."""
     folder = resolve(HubSource(flag.model.model.name_or_path, local_files_only=True))
     checkpoint = read_checkpoint(folder, Path(flag.model_name_or_path).name, flag.pooling_method)
     if checkpoint.modules.layers or checkpoint.modules.lower_case:
@@ -165,7 +143,7 @@ def wrap(flag: BGEM3FlagModel) -> tuple[Engine, dict[str, Any]]:
 
 
 def _instruction(instruction: str | None, template: str) -> str:
-    """What a `BGEM3FlagModel` puts in front of a text."""
+    """Take the text that a `BGEM3FlagModel` puts in front from its template."""
     if not instruction:
         return ""
     prefix = template.format(instruction, "\0")

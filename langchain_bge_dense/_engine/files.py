@@ -69,12 +69,7 @@ def damaged(file: Path, reason: str) -> BrokenCheckpointError:
 
 
 def read_json(file: Path, kind: type = dict) -> Any:
-    """Read a JSON object, or a list.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged.
-    """
+    """Read a JSON object, or a list."""
     if not file.exists():
         msg = (
             f"There is no {file.name} in the checkpoint folder {file.parent}. "
@@ -89,12 +84,7 @@ def read_json(file: Path, kind: type = dict) -> Any:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files in a folder; safetensors before `.bin`.
-
-    Raises:
-        FileNotFoundError: There are none, or a shard is missing.
-        ValueError: The list of shards is damaged.
-    """
+    """Find the weight files in a folder, safetensors before `.bin`; there has to be one."""
     for single in WEIGHTS:
         if (folder / single).exists():
             return [folder / single]
@@ -123,11 +113,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def check_container(file: Path) -> None:
-    """Check that a file of tensors is not cut short, without reading them.
-
-    Raises:
-        ValueError: It is damaged.
-    """
+    """Check that a file of tensors is not cut short, without reading them."""
     with file.open("rb") as stream, Parsing(file):  # safetensors would not name an unreadable file
         if file.suffix == ".safetensors":
             safe_open(file, framework="np")
@@ -141,11 +127,7 @@ def _is_old(file: Path) -> bool:
 
 
 def shapes(file: Path) -> Shapes:
-    """Names and shapes of the tensors in a file; runs no code of it.
-
-    Raises:
-        ValueError: It is damaged, or holds other things than tensors.
-    """
+    """Read names and shapes of the tensors in a file; runs no code of it."""
     if file.suffix == ".safetensors":
         with Parsing(file), safe_open(file, framework="np") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
@@ -153,11 +135,7 @@ def shapes(file: Path) -> Shapes:
 
 
 def tensors_of(file: Path, device: str = "cpu") -> dict[str, Any]:
-    """The tensors in a file; runs no code of it.
-
-    Raises:
-        ValueError: It is damaged, or holds other things than tensors.
-    """
+    """Read the tensors in a file; runs no code of it."""
     import torch
     from safetensors.torch import load_file
 

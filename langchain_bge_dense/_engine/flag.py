@@ -37,11 +37,7 @@ _MODULES = (
 
 @cache
 def flag_model_class() -> type[BGEM3FlagModel]:
-    """`BGEM3FlagModel`; by the ordinary import where FlagEmbedding's files are laid out otherwise.
-
-    Raises:
-        ImportError: FlagEmbedding is not installed, or does not work with this transformers.
-    """
+    """Import `BGEM3FlagModel`; as usual where FlagEmbedding's files are laid out otherwise."""
     try:
         embedder: type[BGEM3FlagModel] = _Importer().module(_EMBEDDER).M3Embedder
     except (ImportError, OSError, AttributeError):

@@ -42,14 +42,7 @@ class HubSource:
 
 
 def resolve(source: HubSource) -> Path:
-    """The local folder of a model, downloaded if need be.
-
-    Raises:
-        FileNotFoundError: Neither this machine nor the hub has the model.
-        PermissionError: The hub refuses it to the holder of this token.
-        ConnectionError: The download broke off.
-        ValueError: The hub id is not valid, or a file in the cache is a link out of it.
-    """
+    """Find the local folder of a model, and download it if need be."""
     folder = Path(source.model).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -201,7 +194,7 @@ def _explain(error: Exception, source: HubSource) -> OSError:
 
 
 def _check_links(folder: Path) -> None:
-    """Refuse a snapshot with links to anything but files of the hub's cache."""
+    """Reject a snapshot with links to anything but files of the hub's cache."""
     model = folder.parents[1]
     roots = (model.resolve(), model.parent.resolve())  # either may be a link of the user's own
     for file in folder.rglob("*"):

@@ -1,4 +1,4 @@
-"""What the files of sentence-transformers say of a model, read in one place.
+"""Files of sentence-transformers, read in one place.
 
 They name the modules behind the transformer, the prompts, and settings of the tokenizer.
 """
@@ -46,7 +46,7 @@ _TRANSFORMER_ARGUMENTS = (
 
 
 class Prompts(NamedTuple):
-    """What a checkpoint's authors put in front of texts; empty: nothing."""
+    """Texts that a checkpoint's authors put in front of others; may be empty."""
 
     query: str = ""
     document: str = ""
@@ -78,7 +78,7 @@ class Dense(NamedTuple):
 
 @dataclass(frozen=True)
 class Modules:
-    """What is done to texts, and to the states of their tokens.
+    """Steps before and behind the transformer, as a checkpoint asks for them.
 
     Attributes:
         pooling: `"cls"` or `"mean"`.
@@ -105,11 +105,7 @@ class Module(NamedTuple):
 
 
 def listed_modules(folder: Path) -> list[Module]:
-    """The modules of a model in their order; without `modules.json`, those of BGE-M3.
-
-    Raises:
-        ValueError: `modules.json` is damaged, or leads out of the folder.
-    """
+    """List the modules of a model in order; without `modules.json`, those of BGE-M3."""
     file = folder / MODULES_FILE
     if not file.exists():
         pooling = [Module("Pooling", "1_Pooling")] if (folder / POOLING_FILE).exists() else []
@@ -137,16 +133,7 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def read_modules(folder: Path, pooling: str) -> Modules:
-    """Read what is done beside running the transformer.
-
-    Args:
-        folder: The folder of the model.
-        pooling: `"auto"`, or the pooling whatever the files say.
-
-    Raises:
-        FileNotFoundError: A module's file is missing.
-        ValueError: A file is damaged, or asks for what is not done here.
-    """
+    """Read what is done beside running the transformer; `pooling` overrides the files."""
     modules = listed_modules(folder)
     _check_kinds(folder, modules)
     pooled = next((folder / path for kind, path in modules if kind == "Pooling"), None)
@@ -190,7 +177,7 @@ def _check_kinds(folder: Path, modules: list[Module]) -> None:
 
 
 def _refuse_part(folder: Path, modules: list[Module]) -> None:
-    """Refuse a transformer alone of which it is known that more belongs to it."""
+    """Reject a transformer alone of which it is known that more belongs to it."""
     whole = folder.parent
     if (folder / MODULES_FILE).exists() and len(modules) == 1:
         msg = (
@@ -263,11 +250,7 @@ def _dense(folder: Path) -> Dense:
 
 
 def _transformer_settings(folder: Path) -> dict[str, Any]:
-    """Settings that are honoured.
-
-    Raises:
-        ValueError: There are others.
-    """
+    """Read the settings of the transformer, all of which have to be honoured."""
     file = next((folder / n for n in _TRANSFORMER_FILES if (folder / n).exists()), None)
     if file is None:
         return {}

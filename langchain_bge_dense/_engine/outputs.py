@@ -1,4 +1,4 @@
-"""What travels: the outputs asked for, tokens, the outputs of a text, and `M3Encoding`."""
+"""Outputs that are asked for, tokens, the outputs of a text, and `M3Encoding`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TextOutputs(NamedTuple):
     colbert: NDArray[np.float32] | None  # (T - 1, D)
 
     def select(self, outputs: Outputs) -> TextOutputs:
-        """Those that are asked for."""
+        """Select the outputs that are asked for."""
         return TextOutputs(
             self.dense if outputs.dense else None,
             self.lexical if outputs.lexical else None,
@@ -94,10 +94,7 @@ class M3Encoding:
 
 
 def normalized(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scale vectors `(..., D)` to unit length, as `torch.nn.functional.normalize` does.
-
-    A zero vector stays zero.
-    """
+    """Scale `(..., D)` vectors to unit length as `torch.nn.functional.normalize` does."""
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     unit: NDArray[np.float32] = vectors / np.maximum(norms, np.float32(1e-12))
     return unit
@@ -133,17 +130,7 @@ def encoding_of(  # noqa: PLR0913
     unweighted: NDArray[np.int32],
     normalize: bool,
 ) -> M3Encoding:
-    """Put the outputs of N texts together.
-
-    Args:
-        tokens: Of the texts.
-        rows: Their outputs.
-        outputs: Those that were asked for.
-        dimension: Width D of a dense vector, for no texts at all.
-        max_length: Tokens that texts were cut to.
-        unweighted: Ids of the special tokens that carry no lexical weight.
-        normalize: Scale vectors to unit length.
-    """
+    """Put the outputs of N texts together; without texts, `dimension` is the width."""
     counts = np.array([text.total for text in tokens], dtype=np.int64)  # (N,)
     scaled = normalized if normalize else np.asarray
     dense = lexical = colbert = None

@@ -42,7 +42,7 @@ class Request:
     Attributes:
         tokens: N texts, in the caller's order.
         outputs: What to compute.
-        batch_tokens: Tokens that a batch may have which begins with one of these texts.
+        batch_tokens: Token budget of a batch that starts with this request.
         first: The caller's index of the first text, for errors.
         urgent: A query, which goes before documents.
         future: Gives N rows; cancelling it drops the texts that have not run.
@@ -58,9 +58,7 @@ class Request:
     future: Future[list[TextOutputs]] = field(default_factory=Future)
     finished: int = 0
     process: int = field(default_factory=os.getpid)
-
-    def __post_init__(self) -> None:
-        self._rows: list[TextOutputs | None] = [None] * len(self.tokens)
+    _rows: dict[int, TextOutputs] = field(default_factory=dict)
 
     def sequences(self) -> deque[Sequence]:
         """The texts, the longest first: neighbours in a batch are of similar length."""
@@ -78,9 +76,9 @@ class Request:
             return
         self._rows[position] = row.select(self.outputs)
         self.finished += 1
-        if self.finished == len(self._rows):
+        if self.finished == len(self.tokens):
             with suppress(InvalidStateError):  # cancelled
-                self.future.set_result([row for row in self._rows if row is not None])
+                self.future.set_result([self._rows[n] for n in range(len(self.tokens))])
 
     def fail(self, error: BaseException) -> None:
         """Give the caller an error, unless it has gone or has another one."""
@@ -137,7 +135,7 @@ class Queue:
         return len(self._waiting[request])
 
     def _fill(self, batch: list[Sequence], request: Request, room: int) -> int:
-        """Move texts of a request into a batch, at least one; gives the room that is left."""
+        """Move texts of a request into a batch, at least one, and return the room that is left."""
         waiting = self._waiting[request]
         while waiting and (len(waiting[0].ids) <= room or not batch):
             batch.append(waiting.popleft())
@@ -182,11 +180,7 @@ class Scheduler:
         self._stopped = False
 
     def enqueue(self, request: Request) -> None:
-        """Queue a request; its future gives the result.
-
-        Raises:
-            RuntimeError: The interpreter is exiting.
-        """
+        """Queue a request, unless the interpreter is exiting."""
         with self._lock:
             if self._stopped:
                 msg = "The model was stopped, as Python is exiting. Embed texts before that."
@@ -245,9 +239,9 @@ class Scheduler:
         return [request for request in requests if request is not None]
 
     def _run(self, encoder: Encoder, batch: SequenceOf[Sequence]) -> None:
-        """Run a batch and deliver its rows; an error is for the one caller who can have caused it.
+        """Run a batch and deliver its rows.
 
-        Where there are several, each of them is run by itself.
+        An error is for the one caller who can have caused it: of several, each is run by itself.
         """
         requests = list(dict.fromkeys(sequence.request for sequence in batch))
         outputs = reduce(or_, {request.outputs for request in requests})

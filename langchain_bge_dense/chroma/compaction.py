@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
+from langchain_bge_dense.chroma.collection import GuardedCollection
 from langchain_bge_dense.chroma.records import key_of
-from langchain_bge_dense.chroma.session import COMPLETE, COPY, GuardedCollection
+from langchain_bge_dense.chroma.session import COMPLETE, COPY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +73,7 @@ def compact(store: BGEM3Chroma) -> CompactResult:
     """
     passages = store.passages
     session, folder = passages.session, passages.session.folder
-    session.acquire_writer()
+    passages.acquire_writer()
     before = folder.size() if folder else 0
     with session.writing, folder.named_errors() if folder else contextlib.nullcontext():
         count = _write_anew(passages)
@@ -85,7 +86,7 @@ def compact(store: BGEM3Chroma) -> CompactResult:
 
 
 def _write_anew(passages: Passages) -> int:
-    """Replace the collection and its signals; gives how many passages there are."""
+    """Replace the collection and its signals, and count the passages."""
     ids = passages.ids()
     pages = batch_iterate(_PAGE, ids)
     keys = [key_of(p, text) for page in pages for p, (text, _) in passages.stored(page).items()]

@@ -19,19 +19,17 @@ _OTHER: dict[str, tuple[str, str, Callable[[float], int]]] = {
 }
 
 
-def exact(where: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def exact(where: Mapping[str, Any]) -> Mapping[str, Any]:
     """Rewrite fractions, which Chroma cuts to whole numbers where it compares them with integers.
 
     >>> exact({"n": {"$gte": 2.5}})
     {'$and': [{'n': {'$gte': 2.5}}, {'n': {'$gt': 2}}]}
     """
-    if not where:
-        return None
-    if not isinstance(where, dict) or len(where) > 1:
-        return where  # type: ignore[return-value] # Chroma says what is wrong
+    if not isinstance(where, dict) or len(where) != 1:
+        return where  # Chroma says what is wrong
     [(key, condition)] = where.items()
     if key in {"$and", "$or"} and isinstance(condition, list):
-        return {key: [exact(part) or part for part in condition]}
+        return {key: [exact(part) for part in condition]}
     if not isinstance(condition, dict):
         condition = {"$eq": condition}
     if len(condition) != 1:
@@ -49,7 +47,7 @@ def _is_fraction(value: object) -> bool:
 
 
 def _bounded(key: str, operator: str, bound: Any) -> dict[str, Any]:
-    """A condition, with another one that makes a fraction right for integers."""
+    """Add a condition that makes a fraction right for integers."""
     condition = {key: {operator: bound}}
     if operator not in _OTHER or not _is_fraction(bound):
         return condition

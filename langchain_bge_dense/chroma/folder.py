@@ -18,7 +18,7 @@ import time
 import uuid
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import chromadb
 from chromadb.api.shared_system_client import SharedSystemClient
@@ -46,7 +46,7 @@ _folders_lock = forkable_lock()
 
 
 class _Process:
-    """What this process has of Chroma's library."""
+    """Chroma's library in this process."""
 
     started = False
     parent: int | None = None
@@ -94,10 +94,8 @@ class Segment(NamedTuple):
 class Folder:
     """A folder of Chroma in this process.
 
-    Args:
-        real: Its path without links.
-        path: Its path as this process wrote it first. Chroma would open another spelling a second
-            time, and two Chromas on one folder destroy its index.
+    `real` is its path without links, `path` as this process wrote it first: Chroma would open
+    another spelling a second time, and two Chromas on one folder destroy its index.
     """
 
     def __init__(self, real: str, path: str) -> None:
@@ -106,8 +104,8 @@ class Folder:
         self.lock = threading.RLock()  # taken before the access lock, a file
         self.generation = 0
         self._database_id: tuple[int, int] | None = None
-        self._stale_until = 0.0
-        self._writers: set[int] = set()
+        self.fresh_until = 0.0
+        self.writers: set[int] = set()
         self._writer_lock = FileLock(self.real / "indexing.lock", thread_local=False)
         self._access_lock = FileLock(
             self.real / "access.lock", thread_local=False, poll_interval=0.01
@@ -115,18 +113,13 @@ class Folder:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Neither writes nor loading of an index by anybody else."""
+        """Keep everybody else from writing and from loading an index."""
         with self.lock, self.named_errors(), self._access_lock:
             yield
 
     def client(self, names: dict[str, str], *, reopen: bool = False) -> ClientAPI:
-        """A client of this process's Chroma, which is started after recovery if need be.
-
-        Args:
-            names: `tenant` and `database`.
-            reopen: Start a new one in the place of the one that runs.
-        """
-        systems = SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
+        """Make a client of this process's Chroma, which is started after recovery, or again."""
+        systems = _systems()
         with self.named_errors():
             self.real.mkdir(parents=True, exist_ok=True)
         with self.exclusive():
@@ -140,7 +133,7 @@ class Folder:
             return client
 
     def _identify(self) -> tuple[int, int] | None:
-        """Device and inode of Chroma's database; None where it is not there."""
+        """Read device and inode of Chroma's database, if it exists."""
         try:
             found = self._database_file.stat()
         except FileNotFoundError:
@@ -148,23 +141,16 @@ class Folder:
         return found.st_dev, found.st_ino
 
     def _is_another(self) -> bool:
-        """Whether the folder was removed, emptied or replaced since it was opened."""
+        """Find out whether the folder was removed, emptied or replaced since it was opened."""
         found = self._identify()
         if found is not None and self._database_id in {None, found}:
             return False
-        self._writers.clear()  # their lock was of a file that is gone
+        self.writers.clear()  # their lock was of a file that is gone
         self._writer_lock.release(force=True)
         return True
 
     def load(self, collection: Collection) -> int:
-        """Let Chroma read a collection's index.
-
-        Returns:
-            The version of the folder that was read.
-
-        Raises:
-            OSError: The index is damaged; the error says what is left.
-        """
+        """Let Chroma read a collection's index, if it is whole, at a version of the folder."""
         start = time.monotonic()
         with self.exclusive():
             self._check(collection)
@@ -172,11 +158,11 @@ class Folder:
                 collection.get(limit=1, include=["embeddings"])
             version = self.version()
         end = time.monotonic()
-        self._stale_until = end + max(_STALE_SECONDS, (end - start) / _REOPENING_SHARE)
+        self.fresh_until = end + max(_STALE_SECONDS, (end - start) / _REOPENING_SHARE)
         return version
 
     def version(self) -> int:
-        """A number that every commit to Chroma's SQLite changes."""
+        """Read a number that every commit to Chroma's SQLite changes."""
         try:
             with self._database_file.open("rb") as file:
                 file.seek(24)
@@ -185,23 +171,10 @@ class Folder:
             raise self.error(error) from error
         return int(version)
 
-    def is_stale(self, version: int) -> bool:
-        """Whether another process has written since a version, and it is time to read that."""
-        if self._writers or time.monotonic() < self._stale_until:
-            return False
-        return self.version() != version
-
     def acquire_writer(self, writer: int) -> bool:
-        """Make this process the only one that writes, until its last writer is released.
-
-        Returns:
-            Whether this process was not the one before.
-
-        Raises:
-            FolderBusyError: Another process writes.
-        """
+        """Make this process the only one that writes, and tell whether it was another."""
         with self.lock, self.named_errors():
-            first = not self._writers
+            first = not self.writers
             if first:
                 try:
                     self._writer_lock.acquire(blocking=False)
@@ -212,31 +185,19 @@ class Folder:
                         "or let both use a Chroma server."
                     )
                     raise FolderBusyError(msg) from error
-            self._writers.add(writer)
+            self.writers.add(writer)
             return first
-
-    def has_writer(self, writer: int) -> bool:
-        """Whether a writer has been acquired and not been released."""
-        return writer in self._writers
 
     def release_writer(self, writer: int) -> None:
         """Let other processes write, if this was the last writer of this one."""
         with self.lock:
-            self._writers.discard(writer)
-            if not self._writers:
+            self.writers.discard(writer)
+            if not self.writers:
                 self._writer_lock.release()
 
     @contextmanager
     def write(self, collection: Collection, records: int) -> Iterator[None]:
-        """Keep a collection recoverable, and other processes from loading it, during one call.
-
-        Args:
-            collection: What is written to.
-            records: How many.
-
-        Raises:
-            OSError: The folder could not be written to.
-        """
+        """Keep a collection recoverable, and other processes from loading it, during one call."""
         with self.exclusive(), self._backed_up(collection, records, loaded=True):
             yield
 
@@ -259,12 +220,12 @@ class Folder:
                     shutil.rmtree(index.parent)
 
     def size(self) -> int:
-        """Bytes of all files."""
+        """Count the bytes of all files."""
         return sum(file.stat().st_size for file in self.real.rglob("*") if file.is_file())
 
     @contextmanager
     def _backed_up(self, collection: Collection, records: int, *, loaded: bool) -> Iterator[None]:
-        """A backup of the index while a call may make Chroma persist it."""
+        """Back up the index while a call may make Chroma persist it."""
         settings = collection.configuration_json.get("hnsw") or {}
         segment = self._segment(collection)
         if segment is None:
@@ -358,11 +319,11 @@ class Folder:
             raise self.error(error) from error
 
     def is_there(self) -> bool:
-        """Whether Chroma's database is."""
+        """Whether Chroma's database exists."""
         return self._database_file.exists()
 
     def error(self, reason: Exception) -> OSError:
-        """The error for a folder that could not be read or written to."""
+        """Make the error for a folder that could not be read or written to."""
         text = str(reason)
         if any(word in text for word in ("readonly", "ead-only", "ermission", "ot a directory")):
             return PermissionError(
@@ -383,7 +344,7 @@ class Folder:
 
 
 def folder_of(path: str | os.PathLike[str]) -> Folder:
-    """The one `Folder` of this process for a path, however it is spelled."""
+    """Find the one `Folder` of this process for a path, however it is spelled."""
     path = str(Path(path).expanduser())
     real = os.path.realpath(path)
     with _folders_lock:
@@ -394,15 +355,18 @@ def folder_of(path: str | os.PathLike[str]) -> Folder:
         return _folders[real]
 
 
-def start(path: str | None, names: dict[str, str]) -> ClientAPI:
-    """A client of the Chroma in this process, with the settings of the one that runs.
+def _systems() -> dict[str, Any]:
+    """Chromas that run in this process, by their place."""
+    return SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
 
-    Args:
-        path: Of a folder; None is memory: without names, a database that nobody else has.
-        names: `tenant` and `database`, as in Chroma.
+
+def start(path: str | None, names: dict[str, str]) -> ClientAPI:
+    """Make a client of the Chroma in this process, with the settings of the one that runs.
+
+    Without a path it is in memory, and without names in a database that nobody else has.
     """
     check_process()
-    systems = SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
+    systems = _systems()
     running = systems.get(path or _MEMORY)
     settings = running.settings if running else Settings(anonymized_telemetry=False)
     _Process.started = True
@@ -425,11 +389,7 @@ def start(path: str | None, names: dict[str, str]) -> ClientAPI:
 
 
 def check_process() -> None:
-    """Check that Chroma's library can run in this process.
-
-    Raises:
-        RuntimeError: It ran in the process that forked this one, and would wait here for ever.
-    """
+    """Check that Chroma's library can run here: in a forked child it would wait for ever."""
     if _Process.parent is not None:
         msg = (
             f"Chroma was used by process {_Process.parent} and cannot be used in its forked child "
@@ -441,7 +401,7 @@ def check_process() -> None:
 
 def _forget_parent() -> None:
     """In a forked child, keep what the parent had of Chroma from being used or stopped."""
-    systems = SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
+    systems = _systems()
     local = [name for name, system in systems.items() if "Rust" in system.settings.chroma_api_impl]
     if _Process.started or local:
         _Process.parent = os.getppid()

@@ -52,11 +52,7 @@ class Header(NamedTuple):
 
     @classmethod
     def read(cls, folder: Path) -> Header:
-        """The header in a folder.
-
-        Raises:
-            ValueError: It is cut short, or of a version that is not known here.
-        """
+        """Read the header in a folder."""
         content = (folder / HEADER).read_bytes()
         if len(content) < _HEADER.size or content[:4] != struct.pack("<i", _VERSION):
             msg = f"{HEADER} has {len(content)} bytes and starts with {content[:4]!r}"
@@ -76,11 +72,7 @@ class Header(NamedTuple):
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of an index that Chroma has persisted; None: nothing.
-
-    Args:
-        folder: Of the index.
-    """
+    """Say how the files of an index that Chroma has persisted are damaged, if they are."""
     missing = [
         name for name in (HEADER, LEVEL_0, UPPER_LEVELS, IDS) if not (folder / name).exists()
     ]
@@ -103,11 +95,7 @@ def damage(folder: Path) -> str | None:
 def back_up(index: Path, backup: Path, *, loaded: bool) -> None:
     """Copy what cannot be repaired before Chroma persists an index.
 
-    Args:
-        index: Folder of the index.
-        backup: Folder to make.
-        loaded: Whether Chroma has read the index. It does not read the pickle again, and writes it
-            anew each time, so that it is moved in place of being copied.
+    The pickle of a loaded index is moved: Chroma does not read it again, and writes it anew.
     """
     unfinished = backup.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -129,11 +117,7 @@ def drop_backup(index: Path, backup: Path) -> None:
 
 
 def restore(index: Path, backup: Path) -> None:
-    """Give an index the state of its backup; it can be killed and run again.
-
-    Raises:
-        ValueError: The backup is damaged.
-    """
+    """Give an index the state of its backup; it can be killed and run again."""
     if not (backup / HEADER).exists():  # of an index that had not been persisted before
         shutil.rmtree(index, ignore_errors=True)
     else:
@@ -149,9 +133,7 @@ def restore(index: Path, backup: Path) -> None:
 def trim(index: Path) -> None:
     """Cut off what the files of an index hold beyond its elements; damaged ones stay as they are.
 
-    Args:
-        index: Folder of the index, of cosine distance: for others Chroma writes lengths that it has
-            not set.
+    The index is of cosine distance: for others Chroma writes lengths that it has not set.
     """
     with contextlib.suppress(FileNotFoundError, ValueError):
         header = Header.read(index)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from langchain_bge_dense._engine.calls import reporting
 from langchain_bge_dense.chroma.records import record
-from langchain_bge_dense.chroma.settings import Wanted, fingerprint_of
+from langchain_bge_dense.chroma.settings import Wanted
 from langchain_bge_dense.chroma.signals import Encoded
 from langchain_bge_dense.chroma.store import BGEM3Chroma
 
@@ -189,12 +189,6 @@ class Run:
 
     Batches are cut by position in the input, and each is one write: a run after a kill embeds the
     same texts together, and gets the same vectors to the last bit.
-
-    Args:
-        store: Of `open_chroma`.
-        batch_size: As the caller asked for it.
-        lexical: Likewise.
-        fingerprint: Of what computed the vectors; None: the store's embeddings will.
     """
 
     def __init__(
@@ -207,9 +201,11 @@ class Run:
     ) -> None:
         _check(store, batch_size)
         self._passages = passages = store.passages
-        passages.session.acquire_writer()
-        passages.keep(Wanted(lexical))
-        passages.check_model(fingerprint or fingerprint_of(passages.embeddings))
+        passages.acquire_writer()
+        if lexical is not None:
+            passages.keep(Wanted(lexical))
+        if fingerprint is not None:
+            passages.check_model(fingerprint)
         self._dimension = passages.settings.dimension
         self.batch_size = min(batch_size, passages.session.batch_size)
         self._added = self._seen = self._truncated = self._tokens = 0
@@ -220,13 +216,7 @@ class Run:
         vectors: Sequence[ArrayLike] | None = None,
         codes: Sequence[bytes] | None = None,
     ) -> None:
-        """Store those of the next documents that the collection lacks.
-
-        Args:
-            batch: The documents.
-            vectors: Theirs; None: they are embedded here.
-            codes: Their ColBERT codes, if they come with any.
-        """
+        """Store those of the next documents that the collection lacks, by given vectors if any."""
         records = {r.id: r for r in map(record, batch, itertools.count(self._seen))}
         stored = self._passages.stored(list(records))
         complete = self._passages.complete(list(records.values()), stored, signals=vectors is None)
@@ -246,7 +236,7 @@ class Run:
     def _given(
         self, new: Sequence[Record], vectors: Sequence[ArrayLike], codes: Sequence[bytes] | None
     ) -> Encoded:
-        """Vectors and codes of the caller's for records."""
+        """Choose the caller's vectors and codes for records."""
         rows = np.stack([self._row(vectors, r.position) for r in new])  # (N, D)
         codec = self._passages.codec()
         if codec is None or codes is None:
@@ -257,7 +247,7 @@ class Run:
         return Encoded(rows, codes=chosen)
 
     def _row(self, vectors: Sequence[ArrayLike], position: int) -> NDArray[np.float32]:
-        """A vector of the caller's, `(D,)`."""
+        """Check a vector of the caller's, `(D,)`."""
         with np.errstate(over="ignore"):
             row = np.asarray(vectors[position - self._seen], dtype=np.float32)
         if row.ndim != 1 or row.size != self._dimension:
@@ -275,7 +265,7 @@ class Run:
         return IndexResult(self._added, skipped, self._truncated, self._tokens)
 
     def finish(self) -> IndexResult:
-        """The counts, once all is on the disk."""
+        """Count, once all is on the disk."""
         folder = self._passages.session.folder
         if self._added and folder:
             folder.flush()
@@ -283,12 +273,7 @@ class Run:
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
-    """A bar over documents, with tokens per second and, where their number is known, time left.
-
-    Args:
-        documents: What will be indexed.
-        show: Whether there is a bar at all.
-    """
+    """A bar over documents, with tokens per second and, where their number is known, time left."""
 
     def __init__(self, documents: object, *, show: bool) -> None:
         total = len(documents) if isinstance(documents, Sized) else None
@@ -318,7 +303,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
 
 
 async def _batches(documents: Iterable[T] | AsyncIterable[T], size: int) -> AsyncIterator[list[T]]:
-    """Batches for an event loop; what is not asynchronous is read in a thread."""
+    """Read batches for an event loop, in a thread where the iterable is not asynchronous."""
     if isinstance(documents, AsyncIterable):
         async for batch in abatch_iterate(size, documents):
             yield batch

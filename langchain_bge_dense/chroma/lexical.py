@@ -22,7 +22,7 @@ _VOCABULARY = 1 << 18  # rows of a part, more where a token id asks for it
 
 
 def postings(packed: Sequence[bytes]) -> sparse.csr_array:
-    """The inverted index of packed weights: a row a token, a column a passage."""
+    """Invert packed weights: a row a token, a column a passage."""
     sizes, tokens, weights = unpack(packed)  # (N,), (M,), (M,)
     passages = np.repeat(np.arange(len(sizes)), sizes)  # (M,)
     rows = max(_VOCABULARY, int(tokens.max(initial=0)) + 1)
@@ -30,7 +30,7 @@ def postings(packed: Sequence[bytes]) -> sparse.csr_array:
 
 
 def merged(parts: Sequence[sparse.csr_array]) -> sparse.csr_array:
-    """Parts side by side: the passages of the first come first."""
+    """Put parts side by side: the passages of the first come first."""
     rows = max(part.shape[0] for part in parts)
     for part in parts:
         part.resize((rows, part.shape[1]))
@@ -40,13 +40,7 @@ def merged(parts: Sequence[sparse.csr_array]) -> sparse.csr_array:
 def part_scores(
     part: sparse.csr_array, tokens: NDArray[np.int64], weights: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Lexical scores of the passages of a part, `(N,)`.
-
-    Args:
-        part: What `postings` gave.
-        tokens: The query's, `(Q,)`.
-        weights: Theirs, `(Q,)`.
-    """
+    """Compute the scores of a part's passages, `(N,)`, by `(Q,)` tokens and weights of a query."""
     known = tokens < part.shape[0]
     scores: NDArray[np.float32] = weights[known] @ part[tokens[known]]  # (N,)
     return scores
@@ -68,12 +62,7 @@ class LexicalScores(NamedTuple):
     numbers: dict[str, int]
 
     def ranked(self, count: int, among: Iterable[str] | None = None) -> list[str]:
-        """Ids of the passages with the highest scores above 0, the best first.
-
-        Args:
-            count: How many.
-            among: Ids of the passages that may be among them; None: all.
-        """
+        """Rank the ids of the passages with scores above 0, of some or all, the best first."""
         best = np.flatnonzero(self.values > 0)
         if among is not None:
             best = best[np.isin(self.hashes[best], list(map(hash, among)))]
@@ -85,7 +74,7 @@ class LexicalScores(NamedTuple):
         return list(dict.fromkeys(ids))  # one that is being replaced is there twice
 
     def of(self, keys: Sequence[str]) -> NDArray[np.float32]:
-        """Scores of passages, `(len(keys),)`; NaN for one that has no weights of its text."""
+        """Look up scores of passages, `(len(keys),)`; NaN for one without weights of its text."""
         scores = np.full(len(keys), np.nan, np.float32)
         for place, key in enumerate(keys):
             number = self.numbers.get(key)
@@ -95,11 +84,7 @@ class LexicalScores(NamedTuple):
 
 
 class LexicalIndex:
-    """The index over a table of signals; safe to use from several threads.
-
-    Args:
-        signals: The table.
-    """
+    """The index over a table of signals; safe to use from several threads."""
 
     def __init__(self, signals: Signals) -> None:
         self._signals = signals
@@ -149,11 +134,7 @@ class LexicalIndex:
         return len(self._numbers)
 
     def scores(self, query: Mapping[int, float]) -> LexicalScores:
-        """Lexical scores of all passages; 0 for those that were deleted.
-
-        Args:
-            query: Token id to weight.
-        """
+        """Compute the scores of all passages by token id and weight; 0 for deleted ones."""
         with self._lock:
             parts, alive = self._parts, self._alive
             tables = (self._hashes, self._keys, self._numbers)

@@ -15,22 +15,19 @@ from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense._codes import colbert_windows
+from langchain_bge_dense._scoring import cosines
+from langchain_bge_dense.chroma.collection import GuardedCollection
 from langchain_bge_dense.chroma.lexical import LexicalIndex
 from langchain_bge_dense.chroma.records import key_of, passage_of
-from langchain_bge_dense.chroma.session import COPY, GuardedCollection, cosines
-from langchain_bge_dense.chroma.settings import (
-    CollectionSettings,
-    Wanted,
-    check_model,
-    fingerprint_of,
-    underlying,
-)
+from langchain_bge_dense.chroma.session import COPY
+from langchain_bge_dense.chroma.settings import CollectionSettings, check_model, claim, underlying
 from langchain_bge_dense.chroma.signals import Encoded, Kept, Signals, pack
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from chromadb.api.models.Collection import Collection
     from langchain_core.embeddings import Embeddings
     from numpy.typing import NDArray
 
@@ -38,6 +35,7 @@ if TYPE_CHECKING:
     from langchain_bge_dense._engine.outputs import M3Encoding
     from langchain_bge_dense.chroma.records import Record
     from langchain_bge_dense.chroma.session import Session
+    from langchain_bge_dense.chroma.settings import Wanted
 
 _PAGE = 256  # passages completed at once
 
@@ -46,60 +44,54 @@ Stored = dict[str, tuple[str, "Mapping[str, Any]"]]
 
 
 class Passages:
-    """Passages of one collection.
+    """Passages of one collection, with its settings, signals and index as the last call found them.
 
-    Args:
-        collection: The collection, which has settings.
-        embeddings: Embed new ones.
+    The embeddings embed new passages; `own` are the settings of a new collection for them.
     """
 
-    def __init__(self, collection: GuardedCollection, embeddings: Embeddings) -> None:
-        self.collection, self.embeddings = collection, embeddings
-        self._bound: object = None
+    settings: CollectionSettings
+    signals: Signals
+    index: LexicalIndex
+
+    def __init__(
+        self, session: Session, name: str, embeddings: Embeddings, own: CollectionSettings
+    ) -> None:
+        self.session, self.embeddings = session, embeddings
+        self._model: Any = underlying(embeddings)
+        self.collection = GuardedCollection(session, name, follow=self._follow)
+        self._own = own
         self._uid = ""
         self._counted: tuple[int | None, int] = (None, 0)
-        self._settings = self._bind()
 
-    @property
-    def session(self) -> Session:
-        """The way to Chroma."""
-        return self.collection.session
+    def _follow(self, found: Collection) -> None:
+        """Let settings, signals and index be those of the collection that was opened."""
+        settings = claim(found, self.embeddings, self._own)
+        if settings.uid != self._uid:
+            self.signals = Signals.of(self.session, settings.uid)
+            self.index = LexicalIndex(self.signals)
+            self._uid = settings.uid
+        self.settings, self._codec = settings, settings.codec()
 
-    @property
-    def settings(self) -> CollectionSettings:
-        """Settings of the collection, as it is now."""
-        return self._settings if self.collection.open() is self._bound else self._bind()
+    def refresh(self) -> CollectionSettings:
+        """Follow the collection to what it is now."""
+        self.session.read(self.collection.open)
+        return self.settings
 
-    def _bind(self) -> CollectionSettings:
-        """Read the settings, and let signals and index be those of the passages that they name."""
-        self._bound = self.collection.open()
-        found = CollectionSettings.load(self.collection.metadata)
-        if found is None:  # made by another program in the place of the one that was opened
-            found = CollectionSettings.of(self.embeddings)
-            self.collection.modify(found.metadata())
-        if found.uid != self._uid:
-            check_model(self.collection.name, found, fingerprint_of(self.embeddings))
-            self._uid = found.uid
-            self._signals = Signals.of(self.session, found.uid)
-            self._index = LexicalIndex(self._signals)
-        self._settings = found
-        return found
+    def acquire_writer(self) -> None:
+        """Make this the process that writes, and follow what others wrote before."""
+        self.session.acquire_writer()
+        self.refresh()
 
-    @property
-    def signals(self) -> Signals:
-        """The table of signals."""
-        self.settings  # noqa: B018 - another collection has another table
-        return self._signals
-
-    @property
-    def index(self) -> LexicalIndex:
-        """The index of lexical weights."""
-        self.settings  # noqa: B018 - another collection has another index
-        return self._index
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Write in turns with other threads, to the collection as it is now."""
+        with self.session.writing:
+            self.refresh()
+            yield
 
     def check_model(self, fingerprint: str) -> None:
         """Check that the vectors are of a model."""
-        check_model(self.collection.name, self.settings, fingerprint)
+        check_model(self.collection.name, self.refresh(), fingerprint)
 
     def keep(self, wanted: Wanted) -> None:
         """Keep the requested signals of passages that are written from now on."""
@@ -107,27 +99,21 @@ class Passages:
         self._change(lambda found: wanted.added_to(found, self.collection.name))
 
     def codec(self) -> Codec | None:
-        """Codec of the ColBERT vectors, decided with the first ones; None where none are kept."""
-        model: Any = underlying(self.embeddings)
+        """Find the codec of the ColBERT vectors, if any are kept; the first ones decide it."""
         if self.settings.colbert and not self.settings.mean:
-            self._change(lambda found: found if found.mean else found.with_mean_of(model))
-        return self.settings.codec()
+            self._change(lambda found: found if found.mean else found.with_mean_of(self._model))
+        return self._codec
 
     def _change(self, change: Callable[[CollectionSettings], CollectionSettings]) -> None:
         """Change the settings, as they are in Chroma now."""
         if change(self.settings) != self.settings:
-            self.session.acquire_writer()
+            self.acquire_writer()
             self.collection.forget()
-            self.collection.modify(change(self.settings).metadata())
-            self._bind()
-
-    def has_weights(self) -> bool:
-        """Whether any passage has lexical weights; reads those that are new."""
-        self.index.sync()
-        return len(self.index) > 0
+            self.collection.modify(change(self.refresh()).metadata())
+            self.refresh()
 
     def count_without_weights(self) -> tuple[int, int]:
-        """How many passages have no lexical weights, and of how many.
+        """Count the passages without lexical weights, and all; reads new weights into the index.
 
         Chroma goes through all to count them: where a version tells, once until it changes.
         """
@@ -141,7 +127,7 @@ class Passages:
         return max(0, count - len(self.index)), count
 
     def stored(self, ids: Sequence[str]) -> Stored:
-        """Texts and metadata of those passages that are stored."""
+        """Find texts and metadata of those passages that are stored."""
         if not ids:
             return {}
         found = self.collection.get(list(ids), include=["documents", "metadatas"])
@@ -150,22 +136,19 @@ class Passages:
         return dict(zip(found["ids"], zip(texts, metadatas, strict=True), strict=True))
 
     def ids(self, **which: Any) -> list[str]:
-        """Ids of the passages that pass Chroma's filters; without filters, of all."""
+        """Find the ids of the passages that pass Chroma's filters."""
         found: list[str] = self.collection.get(include=[], **which)["ids"]
         return found
 
     def complete(self, records: Sequence[Record], stored: Stored, *, signals: bool) -> set[str]:
-        """Ids of the records that are stored as they are, not cut by less than there is room now.
+        """Find the records that are stored as they are, not cut by less than there is room now.
 
-        Args:
-            records: To be stored.
-            stored: What is stored under their ids.
-            signals: Count those alone that have all signals of the collection, too.
+        With `signals`, they have all signals of the collection, too.
         """
         equal = {r.key: r.id for r in records if r.id in stored and r.equals(*stored[r.id])}
         settings, kept = self.settings, self.signals.kept(list(equal))
         wanted = (settings.lexical, bool(settings.colbert)) if signals else (False, False)
-        room = getattr(underlying(self.embeddings), "max_length", None)
+        room = getattr(self._model, "max_length", None)
 
         def is_complete(key: str) -> bool:
             cut_at, *has = kept.get(key, Kept())
@@ -175,17 +158,14 @@ class Passages:
         return {passage for key, passage in equal.items() if is_complete(key)}
 
     def encode(self, texts: Sequence[str], *, dense: bool = True) -> Encoded:
-        """Vectors of new passages, with the signals that the collection keeps.
+        """Compute vectors of N passages, and the signals that the collection keeps.
 
-        Args:
-            texts: N passages.
-            dense: Compute dense vectors; without, there are N of no width.
+        Without `dense` there are N vectors of no width.
         """
-        model = underlying(self.embeddings)
+        model = self._model
         codec, lexical = self.codec(), self.settings.lexical
         if isinstance(model, BGEM3Embeddings) and (lexical or codec or model is self.embeddings):
-            parts = colbert_windows(texts) if codec else [texts]
-            return Encoded.joined([_encoded(model, part, lexical, codec, dense) for part in parts])
+            return _encoded(model, texts, lexical, codec, dense)
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused as non-finite
             vectors = np.asarray(self.embeddings.embed_documents(list(texts)), np.float32)  # (N, D)
         if len(vectors) != len(texts):
@@ -197,17 +177,11 @@ class Passages:
         return Encoded(vectors)
 
     def write(self, records: Sequence[Record], encoded: Encoded, stored: Stored) -> None:
-        """Store passages in the place of those with their ids.
-
-        Args:
-            records: Of different ids.
-            encoded: Their vectors and signals.
-            stored: What is stored under their ids.
-        """
+        """Store passages of different ids in the place of those that are stored under these."""
         _check_finite(records, encoded.vectors)
         keys = [r.key for r in records]
         former = {key_of(r.id, stored[r.id][0]) for r in records if r.id in stored}
-        with self.session.writing:
+        with self._writing():
             self.signals.put(keys, encoded)
             self.collection.upsert(
                 ids=[r.id for r in records],
@@ -218,14 +192,10 @@ class Passages:
             self.signals.delete(sorted(former.difference(keys)))
 
     def delete(self, **which: Any) -> None:
-        """Delete passages.
-
-        Args:
-            which: `ids`, `where` or `where_document`, as in Chroma.
-        """
+        """Delete passages by `ids`, `where` or `where_document`."""
         for batch in batch_iterate(self.session.batch_size, self.ids(**which)):
             keys = [key_of(passage, text) for passage, (text, _) in self.stored(batch).items()]
-            with self.session.writing:
+            with self._writing():
                 self.collection.delete(batch)
                 self.signals.delete(keys)
 
@@ -240,8 +210,8 @@ class Passages:
         self.collection.forget()
 
     def add_missing(self) -> int:
-        """Compute the signals that passages lack; gives how many passages there were."""
-        self.session.acquire_writer()
+        """Compute the signals that passages lack, and count these passages."""
+        self.acquire_writer()
         added = 0
         for batch in batch_iterate(_PAGE, self.ids()):
             texts = {key_of(p, text): text for p, (text, _) in self.stored(batch).items()}
@@ -259,20 +229,14 @@ class Passages:
         if lacking:
             encoded = self.encode([texts[key] for key in lacking], dense=False)
             added = encoded.added_to([found[key] for key in lacking])
-            with self.session.writing:
+            with self._writing():
                 self.signals.put(lacking, added)
         return len(lacking)
 
     def scores(self, query: M3Encoding, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Scores of stored passages by the outputs of a query, from what the collection keeps.
+        """Score stored passages by the outputs of one query, `(N,)` for each, after a refresh.
 
-        Args:
-            query: One text; a signal is scored that it has an output of.
-            keys: Of N passages.
-
-        Returns:
-            Scores by signal, `(N,)` each; NaN for a passage that is not stored with this text, or
-            without the signal.
+        NaN is of a passage that is not stored with this text, or without the signal.
         """
         scores = {}
         if query.dense is not None:
@@ -303,7 +267,7 @@ class Passages:
         self, query: NDArray[np.float32], keys: Sequence[str]
     ) -> NDArray[np.float32]:
         scores = np.full(len(keys), np.nan, np.float32)  # (N,)
-        codec = self.settings.codec()
+        codec = self._codec
         codes = self.signals.codes(keys) if codec else {}
         rows = [row for row, key in enumerate(keys) if key in codes]
         if codec and rows:
@@ -312,7 +276,8 @@ class Passages:
 
     def colbert_vectors(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """ColBERT vectors by key, `(T, D)`, of passages that keep one for each token."""
-        codec = self.settings.codec()
+        self.refresh()
+        codec = self._codec
         if codec is None or codec.pooling > 1:
             return {}
         return {key: codec.decompress(codes) for key, codes in self.signals.codes(keys).items()}
@@ -321,15 +286,20 @@ class Passages:
 def _encoded(
     model: BGEM3Embeddings, texts: Sequence[str], lexical: bool, codec: Codec | None, dense: bool
 ) -> Encoded:
-    encoding = model.encode(texts, dense=dense, lexical=lexical, colbert=codec is not None)
-    length = model.max_length or 0
-    return Encoded(
-        np.empty((len(texts), 0), np.float32) if encoding.dense is None else encoding.dense,
-        None if encoding.lexical is None else list(map(pack, encoding.lexical)),
-        [codec.compress(vectors) for vectors in encoding.colbert or ()] if codec else None,
-        [length if truncated else None for truncated in encoding.truncated.tolist()],
-        int(encoding.token_counts.sum()),
-    )
+    """Encode texts in parts whose ColBERT vectors, which are large, are let go as codes."""
+    outputs = {"dense": dense, "lexical": lexical, "colbert": codec is not None}
+    vectors, cut_at, tokens = [], [], 0
+    weights: list[bytes] = []
+    codes: list[bytes] = []
+    for part in colbert_windows(texts) if codec else [texts]:
+        encoding = model.encode(part, **outputs)
+        none = np.empty((len(part), 0), np.float32)
+        vectors.append(none if encoding.dense is None else encoding.dense)
+        weights += map(pack, encoding.lexical or ())
+        codes += map(codec.compress, encoding.colbert or ()) if codec else ()
+        cut_at += [model.max_length or 0 if cut else None for cut in encoding.truncated]
+        tokens += int(encoding.token_counts.sum())
+    return Encoded(np.concatenate(vectors), weights or None, codes or None, cut_at, tokens)
 
 
 def _check_finite(records: Sequence[Record], vectors: NDArray[np.float32]) -> None:

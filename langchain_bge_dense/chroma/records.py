@@ -21,7 +21,7 @@ _HASH = 16  # characters of a key behind the id
 
 
 def key_of(passage: str, text: str) -> str:
-    """The key of what was computed of a passage: its id, and sixty-four bits of its text.
+    """Make the key of what was computed of a passage: its id, and sixty-four bits of its text.
 
     >>> key_of("a", "one")
     'a34f2ddaa8b7615c9'
@@ -31,11 +31,7 @@ def key_of(passage: str, text: str) -> str:
 
 
 def passage_of(key: str) -> str:
-    """The id in a key.
-
-    >>> passage_of("a34f2ddaa8b7615c9")
-    'a'
-    """
+    """Take the id out of a key."""
     return key[:-_HASH]
 
 
@@ -57,11 +53,11 @@ class Record(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Names what is computed of it."""
+        """Name what is computed of it."""
         return key_of(self.id, self.text)
 
     def equals(self, text: str | None, metadata: Mapping[str, Any] | None) -> bool:
-        """Whether it is what is stored; Chroma may change the last digit of a float."""
+        """Compare with what is stored, where Chroma may change the last digit of a float."""
         stored = metadata or {}
         return (
             self.text == text
@@ -71,16 +67,7 @@ class Record(NamedTuple):
 
 
 def record(document: Any, position: int) -> Record:
-    """Check one document and give it its id.
-
-    Args:
-        document: What the caller passed as one.
-        position: Its place in the input, for errors.
-
-    Raises:
-        TypeError: It is not a document, or has metadata of a type that Chroma cannot keep.
-        ValueError: Its metadata has a key or value that Chroma cannot keep, or its text or
-            metadata hold a lone surrogate.
+    """Check one document and give it its id; errors name its position.
 
     >>> record(Document("a text", metadata={"page": 1, "author": None}), 0).metadata
     {'page': 1}
@@ -99,12 +86,7 @@ def record(document: Any, position: int) -> Record:
 
 
 def check_id(passage: object, position: int) -> str:
-    """Check the id of a document.
-
-    Raises:
-        TypeError: It is not a str.
-        ValueError: It is empty, or has a lone surrogate.
-    """
+    """Check the id of a document."""
     if not isinstance(passage, str):
         msg = f"The id of document {position} is {passage!r}, not a str. Convert it first."
         raise TypeError(msg)
@@ -120,12 +102,7 @@ def check_id(passage: object, position: int) -> str:
 
 
 def checked_metadata(given: Mapping[Any, Any], position: int) -> dict[str, Any]:
-    """Metadata as Chroma keeps it.
-
-    Raises:
-        TypeError: It has a type that Chroma cannot keep.
-        ValueError: It has a key or value that Chroma cannot keep.
-    """
+    """Check metadata, and reduce them to what Chroma keeps."""
     metadata = {
         key: value for key, value in given.items() if value is not None and key not in SCORE_KEYS
     }
@@ -175,7 +152,7 @@ def _check_key(key: Any, position: int) -> None:
 
 
 def _check_value(key: str, value: Any, position: int) -> None:
-    """Refuse what Chroma refuses, and numbers that it drops or that destroy the collection."""
+    """Reject what Chroma rejects, and numbers that it drops or that destroy the collection."""
     items = value if isinstance(value, list) else [value]
     if not _storable(value):
         msg = (

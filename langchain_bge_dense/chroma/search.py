@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from langchain_core.documents import Document
 
-from langchain_bge_dense._scoring import Fusion, maxsim_scores, scaled, score_key
+from langchain_bge_dense._scoring import Fusion, cosines, maxsim_scores, scaled, score_key
 from langchain_bge_dense.chroma.records import key_of
-from langchain_bge_dense.chroma.session import cosines
 from langchain_bge_dense.chroma.settings import underlying
 from langchain_bge_dense.chroma.store import BGEM3Chroma
 from langchain_bge_dense.embeddings import BGEM3Embeddings
@@ -29,7 +28,7 @@ _WITH_CODES, _COMPUTED = 50, 20  # candidates that are scored by ColBERT
 
 @dataclass(frozen=True)
 class Search:
-    """What one call asks for.
+    """A query and the options of its search.
 
     Attributes:
         query: The query.
@@ -37,7 +36,7 @@ class Search:
         count: How many candidates of each signal.
         weights: Of the dense, lexical and ColBERT score.
         fusion: How the scores are added up.
-        colbert: Whether candidates are scored by ColBERT.
+        colbert: Whether candidates are scored by ColBERT; None: where the store keeps codes.
         colbert_k: How many; None for what suits the store.
         filters: Chroma's `where` and `where_document`, if there are any.
     """
@@ -47,21 +46,13 @@ class Search:
     count: int
     weights: tuple[float, ...]
     fusion: Fusion
-    colbert: bool = False
+    colbert: bool | None = None
     colbert_k: int | None = None
     filters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_of(store: object, embeddings: BGEM3Embeddings | None = None) -> BGEM3Embeddings:
-    """The model to search a store with.
-
-    Args:
-        store: Of `open_chroma`.
-        embeddings: The caller's; None for the store's own.
-
-    Raises:
-        ValueError: It is not such a store, its embeddings are others, or not the ones given.
-    """
+    """Find the model to search a store with: that of the caller, if any, or the store's own."""
     if not isinstance(store, BGEM3Chroma):
         msg = f"vectorstore is {type(store).__name__}. Use a store of open_chroma."
         raise ValueError(msg)  # noqa: TRY004 - pydantic passes on ValueError alone
@@ -89,6 +80,7 @@ class Candidates:
         scores: Scores by signal, `(N,)` each.
         scored: How many were scored by ColBERT.
         uncoded: How many of these had no codes where the collection keeps them.
+        unweighted: How many of all passages have no lexical weights, and of how many.
     """
 
     ids: list[str]
@@ -98,10 +90,11 @@ class Candidates:
     scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     scored: int = 0
     uncoded: int = 0
+    unweighted: tuple[int, int] = (0, 0)
 
     @property
     def keys(self) -> list[str]:
-        """Names of what was computed of them."""
+        """Keys of what was computed of them."""
         return list(map(key_of, self.ids, self.texts))
 
     def add(self, passages: Passages, ids: Sequence[str], vector: NDArray[np.float32]) -> None:
@@ -125,21 +118,20 @@ class Candidates:
         self.fused = self.fused + np.float32(weight) * scaled(self.scores[signal], fusion)
 
     def best(self, count: int) -> Candidates:
-        """Those with the highest fused scores, the best first."""
+        """Choose those with the highest fused scores, the best first."""
         order = np.argsort(-self.fused, kind="stable")[:count]  # (count,)
         numbers = order.tolist()
-        return Candidates(
-            [self.ids[n] for n in numbers],
-            [self.texts[n] for n in numbers],
-            [self.metadatas[n] for n in numbers],
-            self.fused[order],
-            {signal: values[order] for signal, values in self.scores.items()},
-            self.scored,
-            self.uncoded,
+        return replace(
+            self,
+            ids=[self.ids[n] for n in numbers],
+            texts=[self.texts[n] for n in numbers],
+            metadatas=[self.metadatas[n] for n in numbers],
+            fused=self.fused[order],
+            scores={signal: values[order] for signal, values in self.scores.items()},
         )
 
     def documents(self, *, scores: bool) -> list[Document]:
-        """The documents, with their scores in the metadata or without."""
+        """Make documents, with their scores in the metadata or without."""
         named = {"fused": self.fused, **self.scores} if scores else {}
         added = [
             {score_key(name): float(v[n]) for name, v in named.items()}
@@ -153,19 +145,17 @@ class Candidates:
 
 
 def find(passages: Passages, model: BGEM3Embeddings, search: Search) -> Candidates:
-    """Find the best passages of a collection.
-
-    Args:
-        passages: Of the collection.
-        model: Encodes the query, and passages without ColBERT codes.
-        search: What is asked for.
-    """
-    lexical = bool(search.weights[1]) and passages.has_weights()
-    colbert = search.colbert and search.weights[2] > 0
+    """Find the best passages of a collection."""
+    settings = passages.refresh()
+    unweighted = passages.count_without_weights() if search.weights[1] else (0, 0)
+    lexical = bool(search.weights[1]) and len(passages.index) > 0
+    asked = bool(settings.colbert) if search.colbert is None else search.colbert
+    colbert = asked and search.weights[2] > 0
     encoded = model.encode([search.query], lexical=lexical, colbert=colbert, query=True)
     candidates = by_dense_and_lexical(passages, encoded, search)
+    candidates.unweighted = unweighted
     if colbert and candidates.ids:
-        count = search.colbert_k or (_WITH_CODES if passages.settings.colbert else _COMPUTED)
+        count = search.colbert_k or (_WITH_CODES if settings.colbert else _COMPUTED)
         candidates = candidates.best(max(search.k, count))
         _add_colbert(passages, model, encoded, candidates)
         candidates.fuse("colbert", search.weights[2], search.fusion)
@@ -173,7 +163,7 @@ def find(passages: Passages, model: BGEM3Embeddings, search: Search) -> Candidat
 
 
 def by_dense_and_lexical(passages: Passages, query: M3Encoding, search: Search) -> Candidates:
-    """Candidates of both signals with the scores of both; without lexical output, of the first."""
+    """Find candidates of the dense and, where the query has it, the lexical signal."""
     vector: Any = query.dense[0]  # type: ignore[index]
     # Chroma takes most of a query's time to find what passes the filters: it is asked once.
     among = passages.ids(**search.filters) if query.lexical and search.filters else None
@@ -194,7 +184,7 @@ def nearest(
     search: Search,
     among: list[str] | None = None,
 ) -> Candidates:
-    """The passages with the nearest dense vectors; given all that pass the filters, if known."""
+    """Find the passages with the nearest dense vectors, among those that pass the filters."""
     if among is not None and len(among) > _MOST_IDS:
         among = None
     found = passages.collection.query([vector], search.count, among=among, **search.filters)

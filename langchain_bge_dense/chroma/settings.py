@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from langchain_bge_dense._codes import Codec, check_kind
+from langchain_bge_dense._scoring import cosines
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 from langchain_bge_dense.errors import AnotherModelError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from chromadb.api.models.Collection import Collection
     from langchain_core.embeddings import Embeddings
     from typing_extensions import Self
 
@@ -60,7 +62,7 @@ class CollectionSettings(NamedTuple):
 
     @classmethod
     def of(cls, embeddings: Embeddings) -> Self:
-        """Settings of a new collection for any embeddings, which may have to embed one query."""
+        """Make settings of a new collection for any embeddings, which may have to embed a query."""
         dimension = getattr(underlying(embeddings), "dimension", None)
         if not isinstance(dimension, int):
             dimension = len(embeddings.embed_query("dimension"))
@@ -68,38 +70,38 @@ class CollectionSettings(NamedTuple):
 
     @classmethod
     def load(cls, metadata: Mapping[str, Any] | None) -> Self | None:
-        """Settings in the metadata of a collection; None where another program made it."""
+        """Read the settings of a collection, which has none if another program made it."""
         stored = json.loads((metadata or {}).get(KEY, "{}"))
         return cls(**{key: stored[key] for key in cls._fields if key in stored}) if stored else None
 
     def metadata(self) -> dict[str, str]:
-        """Metadata that hold these settings."""
+        """Make the metadata that hold these settings."""
         return {KEY: json.dumps(self._asdict())}
 
     def renewed(self) -> Self:
-        """Equal settings for other passages."""
+        """Copy these settings for other passages."""
         return self._replace(uid=uuid.uuid4().hex)
 
     def codec(self) -> Codec | None:
-        """Codec of the ColBERT vectors; None where none are stored yet."""
+        """Make the codec of the ColBERT vectors, if any are stored."""
         if self.colbert is None or not self.mean:
             return None
         mean = np.frombuffer(base64.b64decode(self.mean), np.float16).astype(np.float32)  # (D,)
         return Codec(self.colbert, self.pooling, mean)
 
     def with_mean_of(self, model: BGEM3Embeddings) -> Self:
-        """Settings with the mean of the model's ColBERT vectors."""
+        """Add the mean of the model's ColBERT vectors."""
         mean = Codec.of(model, self.colbert or "1bit").mean.astype(np.float16)
         return self._replace(mean=base64.b64encode(mean.tobytes()).decode())
 
     def signals(self) -> str:
-        """Signals that the collection keeps, in words."""
+        """Name the signals that the collection keeps."""
         codes = f"{self.colbert!r} ColBERT codes with colbert_pooling={self.pooling}"
         return " and ".join(["lexical weights"] * self.lexical + [codes] * bool(self.colbert))
 
 
 class Wanted(NamedTuple):
-    """Signals that a caller asks for; None leaves it to the collection."""
+    """Signals that a caller asks for, or leaves to the collection."""
 
     lexical: bool | None = None
     colbert: Kind | Literal[False] | None = None
@@ -124,11 +126,7 @@ class Wanted(NamedTuple):
             raise TypeError(msg)
 
     def added_to(self, found: CollectionSettings, name: str) -> CollectionSettings:
-        """Settings of a collection that keeps the requested signals too.
-
-        Raises:
-            ValueError: The collection keeps something else.
-        """
+        """Add the requested signals to the settings of a collection, which cannot change others."""
         refused = ""
         if self.lexical is False and found.lexical:
             refused = "lexical=False"
@@ -148,14 +146,14 @@ class Wanted(NamedTuple):
 
 
 def underlying(embeddings: Embeddings) -> Embeddings:
-    """The embeddings behind caches and other wrappers."""
+    """Find the embeddings behind caches and other wrappers."""
     while (inner := getattr(embeddings, "underlying_embeddings", None)) is not None:
         embeddings = inner
     return embeddings
 
 
 def fingerprint_of(embeddings: Embeddings) -> str:
-    """Fingerprint of the innermost embeddings, or class and model name.
+    """Name the innermost embeddings by fingerprint, or by class and model.
 
     >>> from langchain_core.embeddings import DeterministicFakeEmbedding
     >>> fingerprint_of(DeterministicFakeEmbedding(size=8))
@@ -170,7 +168,7 @@ def fingerprint_of(embeddings: Embeddings) -> str:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two fingerprints name one model: by its digest where both have one.
+    """Compare the models of two fingerprints, by their digests where both have one.
 
     >>> same_model("bge-m3-3f2a9c81d0e4-cls", "a-copy-3f2a9c81d0e4-cls")
     True
@@ -183,7 +181,7 @@ def _without_name(fingerprint: str) -> str:
 
 
 def cosine_configuration(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A collection configuration in cosine space, whose graph keeps equal vectors in reach."""
+    """Configure a collection in cosine space, whose graph keeps equal vectors in reach."""
     configuration = dict(given or {})
     index = "spann" if configuration.get("spann") else "hnsw"
     settings = {**_DEFAULTS[index], **(configuration.get(index) or {})}
@@ -201,25 +199,30 @@ def require_cosine(space: str, where: str) -> None:
         raise ValueError(msg)
 
 
-def claim(collection: Any, embeddings: Embeddings, own: CollectionSettings) -> None:
+def add_metadata(collection: Collection, metadata: Mapping[str, Any]) -> None:
+    """Add to the metadata of a collection."""
+    # Chroma takes no hnsw:space here; the configuration holds the space.
+    stored = {k: v for k, v in (collection.metadata or {}).items() if k != "hnsw:space"}
+    if stored != {**stored, **metadata}:
+        collection.modify(metadata={**stored, **metadata})
+
+
+def claim(
+    collection: Collection, embeddings: Embeddings, own: CollectionSettings
+) -> CollectionSettings:
     """Check that the embeddings fit a collection, and write settings to one that has none.
 
-    Args:
-        collection: A guarded one.
-        embeddings: Embed a stored document again where the collection does not name its model.
-        own: Settings of a new collection for them.
-
-    Raises:
-        ValueError: The collection has another space, or its vectors are another model's.
+    There a stored document is embedded again and compared.
     """
     _check_space(collection)
     found = CollectionSettings.load(collection.metadata)
-    if found:
-        check_model(collection.name, found, own.fingerprint)
-        _check_dimension(collection.name, found.dimension, own)
-    else:
+    if found is None:
         _check_vectors(collection, embeddings, own)
-        collection.modify(own.metadata())
+        found = own.renewed()
+        add_metadata(collection, found.metadata())
+    check_model(collection.name, found, own.fingerprint)
+    _check_dimension(collection.name, found.dimension, own)
+    return found
 
 
 def check_model(name: str, found: CollectionSettings, fingerprint: str) -> None:
@@ -232,7 +235,7 @@ def check_model(name: str, found: CollectionSettings, fingerprint: str) -> None:
         raise AnotherModelError(msg)
 
 
-def _check_space(collection: Any) -> None:
+def _check_space(collection: Collection) -> None:
     configuration = collection.configuration_json
     index = configuration.get("hnsw") or configuration.get("spann") or {}
     space = index.get("space", "l2")
@@ -254,7 +257,7 @@ def _check_dimension(name: str, stored: int, own: CollectionSettings) -> None:
         raise AnotherModelError(msg)
 
 
-def _check_vectors(collection: Any, embeddings: Embeddings, own: CollectionSettings) -> None:
+def _check_vectors(collection: Collection, embeddings: Embeddings, own: CollectionSettings) -> None:
     """Check that a collection of another program is empty, or of the embeddings."""
     sample = collection.get(limit=_SAMPLE, include=["documents", "embeddings"])
     vectors = sample["embeddings"]
@@ -274,7 +277,7 @@ def _check_sample(
         )
         raise ValueError(msg)
     text, stored = min(texts, key=lambda pair: len(pair[0]))
-    cosine = _cosine(np.asarray(stored), np.asarray(embeddings.embed_documents([text])[0]))
+    [cosine] = cosines(np.asarray([stored]), np.asarray(embeddings.embed_documents([text])[0]))
     if not cosine >= _SAME_COSINE:
         msg = (
             f"Collection {name!r} was filled by another model than "
@@ -282,7 +285,3 @@ def _check_sample(
             f"to its stored vector. Open it with the first model, {_ALTERNATIVE}"
         )
         raise AnotherModelError(msg)
-
-
-def _cosine(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))

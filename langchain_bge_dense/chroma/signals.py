@@ -21,7 +21,7 @@ from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense._engine.calls import windows
-from langchain_bge_dense.chroma.session import GuardedCollection
+from langchain_bge_dense.chroma.collection import GuardedCollection
 from langchain_bge_dense.chroma.settings import cosine_configuration
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from langchain_bge_dense.chroma.session import Session
 
     Replace = Callable[[GuardedCollection, Callable[[GuardedCollection], None]], None]
+    Written = tuple["Position", list[tuple[str, bytes | None]]]
 
 _PAGE = 500  # rows looked up at once
 _INDEX_PAGE = 4_096  # rows that an index reads at once
@@ -75,30 +76,18 @@ class Encoded(NamedTuple):
         """How many passages were cut."""
         return sum(length is not None for length in self.cut_at or ())
 
-    @classmethod
-    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
-        """One of the passages of several, which have the same columns."""
-
-        def column(values: Sequence[Any]) -> Any:
-            return None if values[0] is None else [row for part in values for row in part]
-
-        vectors, *columns, tokens = zip(*parts, strict=True)
-        lexical, codes, cut_at = map(column, columns)
-        return cls(np.concatenate(vectors), lexical, codes, cut_at, sum(tokens))
-
     def added_to(self, found: Sequence[Kept]) -> Encoded:
-        """What a table lacks of these passages; where their vectors were cut stays as it is."""
+        """Leave what a table lacks of these passages; where their vectors were cut stays."""
 
-        def lacking(column: int, values: Sequence[bytes | None] | None) -> Any:
-            return values and [
-                None if has[column] else v for v, has in zip(values, found, strict=True)
-            ]
+        def lacking(column: str, values: Sequence[bytes | None] | None) -> Any:
+            kept = (getattr(has, column) for has in found)
+            return values and [None if has else v for v, has in zip(values, kept, strict=True)]
 
-        lexical, codes = lacking(1, self.lexical), lacking(2, self.codes)
-        return Encoded(self.vectors, lexical, codes, [has.cut_at for has in found])
+        columns = {name: lacking(name, getattr(self, name)) for name in ("lexical", "codes")}
+        return self._replace(cut_at=[has.cut_at for has in found], **columns)
 
     def rows(self, keys: Sequence[str]) -> Iterator[Row]:
-        """Rows of the table for these passages."""
+        """Make rows of the table for these passages."""
         none = [None] * len(keys)
         columns = (self.cut_at or none, self.lexical or none, self.codes or none)
         return (Row(*row) for row in zip(keys, *columns, strict=True))
@@ -112,14 +101,9 @@ class Row(NamedTuple):
     lexical: bytes | None = None
     codes: bytes | None = None
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there are none."""
-        return self[1:] == (None, None, None)
-
 
 class Kept(NamedTuple):
-    """What a table has of a passage."""
+    """Signals of a passage that a table has."""
 
     cut_at: int | None = None
     lexical: bool = False
@@ -134,14 +118,14 @@ class Position(NamedTuple):
 
 
 def pack(weights: Mapping[int, float]) -> bytes:
-    """Lexical weights as a table has them: token ids, then their weights."""
+    """Pack lexical weights as a table has them: token ids, then their weights."""
     count = len(weights)
     ids = np.fromiter(weights, "<u4", count)
     return ids.tobytes() + np.fromiter(weights.values(), "<f4", count).tobytes()
 
 
 def unpack(packed: Sequence[bytes]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Sizes `(N,)`, token ids `(M,)` and weights `(M,)` of N passages."""
+    """Unpack sizes `(N,)`, token ids `(M,)` and weights `(M,)` of N passages."""
     sizes = np.array([len(each) // 8 for each in packed], np.int64)
     joined = np.frombuffer(b"".join(packed), "<u4")  # ids and weights of each in turn
     part = np.repeat(np.arange(2 * len(sizes)), np.repeat(sizes, 2)) % 2  # 0: id, 1: weight
@@ -153,7 +137,7 @@ class Signals(ABC):
 
     @classmethod
     def of(cls, session: Session, uid: str) -> Signals:
-        """The table of the passages with this uid, wherever their Chroma is."""
+        """Make the table of the passages with this uid, wherever their Chroma is."""
         name = f"{uid}.signals"
         if session.folder is not None:
             return FolderSignals(session.folder, name)
@@ -161,18 +145,18 @@ class Signals(ABC):
 
     def put(self, keys: Sequence[str], encoded: Encoded) -> None:
         """Write signals of passages; those that are not given stay."""
-        rows = list(encoded.rows(keys))
-        empty = [row.key for row in rows if row.is_empty]
-        known = self.kept(empty)
-        self._write([row for row in rows if not row.is_empty or row.key in known])
+        rows = {row.key: row for row in encoded.rows(keys)}
+        empty = [key for key, row in rows.items() if row == Row(key)]
+        unknown = set(empty).difference(self.kept(empty))
+        self._write([row for key, row in rows.items() if key not in unknown])
 
     def kept(self, keys: Sequence[str]) -> dict[str, Kept]:
-        """What the table has of passages, by key."""
+        """Find the signals that passages have, by key."""
         rows = [row for page in batch_iterate(_PAGE, keys) for row in self._kept(page)]
         return {key: kept for key, kept in rows if kept != (None, False, False)}
 
     def codes(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Codes of those passages that have any, by key."""
+        """Find the codes of those passages that have any, by key."""
         return dict(row for page in batch_iterate(_PAGE, keys) for row in self._codes(page))
 
     @abstractmethod
@@ -180,18 +164,14 @@ class Signals(ABC):
         """Forget passages."""
 
     @abstractmethod
-    def since(
-        self, position: Position
-    ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
-        """Keys and packed weights written after a position, page by page; None for those gone."""
+    def since(self, position: Position) -> Iterator[Written]:
+        """Read keys and packed weights, None if gone, written after a position, page by page."""
 
     @abstractmethod
     def keep_only(self, keys: Sequence[str], replace: Replace) -> None:
         """Forget all other passages, and leave nothing of them in any file.
 
-        Args:
-            keys: Of the passages that are stored.
-            replace: Puts a new collection, which a function fills, in the place of one.
+        `replace` puts a new collection, which a function fills, in the place of one.
         """
 
     @abstractmethod
@@ -220,10 +200,8 @@ class FolderSignals(Signals):
             with self._database() as database:
                 database.executemany(_DELETE, ((key,) for key in keys))
 
-    def since(
-        self, position: Position
-    ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
-        """Keys and packed weights written after a position, page by page; None for those gone."""
+    def since(self, position: Position) -> Iterator[Written]:
+        """Read keys and packed weights, None if gone, written after a position, page by page."""
         while self._file.exists():
             with self._database() as database:
                 [version] = database.execute("PRAGMA user_version").fetchone()
@@ -281,16 +259,16 @@ class FolderSignals(Signals):
 
     @contextlib.contextmanager
     def _database(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
-        """A transaction."""
+        """Begin a transaction."""
         uri = f"{self._file.as_uri()}?mode={'rwc' if create else 'rw'}"
-        with (
-            self._folder.named_errors(),
-            contextlib.closing(sqlite3.connect(uri, uri=True, timeout=60.0)) as database,
-        ):
-            if create:
-                database.executescript(_SCHEMA)
-            with database:
-                yield database
+        try:
+            with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=60.0)) as database:
+                if create:
+                    database.executescript(_SCHEMA)
+                with database:
+                    yield database
+        except sqlite3.Error as error:
+            raise self._folder.error(error) from error
 
 
 class CollectionSignals(Signals):
@@ -302,7 +280,7 @@ class CollectionSignals(Signals):
 
     def __init__(self, session: Session, name: str) -> None:
         self._session = session
-        self._collection = GuardedCollection(session, name, cosine_configuration(None))
+        self._collection = GuardedCollection(session, name, create=cosine_configuration(None))
 
     def delete(self, keys: Sequence[str]) -> None:
         """Forget passages."""
@@ -311,10 +289,8 @@ class CollectionSignals(Signals):
             self._collection.delete([*known, *map(_codes_id, known)])
             _upsert(self._collection, [_entry(known)])
 
-    def since(
-        self, position: Position
-    ) -> Iterator[tuple[Position, list[tuple[str, bytes | None]]]]:
-        """Keys and packed weights written after a position, page by page; None for those gone."""
+    def since(self, position: Position) -> Iterator[Written]:
+        """Read keys and packed weights, None if gone, written after a position, page by page."""
         while (found := self._collection.find()) is not None:
             number = position.number if found.id == position.log else 0
             options: Any = {"where": {"kind": "log"}, "offset": number, "limit": _LOG_PAGE}
@@ -362,7 +338,7 @@ class CollectionSignals(Signals):
         return ((ids[each], base64.b64decode(entry["codes"])) for each, entry in columns)
 
     def _rows(self, keys: Sequence[str]) -> list[Row]:
-        """Rows without codes."""
+        """Read rows without codes."""
         found = self._get(list(keys))
         columns = zip(found["ids"], found["metadatas"], strict=True)
         packed = ((key, each.get("cut_at"), each.get("lexical")) for key, each in columns)
@@ -397,7 +373,7 @@ def _entry(keys: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def _records(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Records of a row; Chroma removes a value that is None, and keeps one that is left out."""
+    """Make records of a row; Chroma removes a value that is None, and keeps one left out."""
     lexical = {} if row.lexical is None else {"lexical": base64.b64encode(row.lexical).decode()}
     yield row.key, {"kind": "row", "cut_at": row.cut_at, **lexical}
     if row.codes is not None:

@@ -12,13 +12,13 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.utils.iter import batch_iterate
 
+from langchain_bge_dense._engine.calls import check_text, checked_texts
 from langchain_bge_dense.chroma.passages import Passages
 from langchain_bge_dense.chroma.records import Record, check_id, checked_metadata, record
-from langchain_bge_dense.chroma.session import GuardedCollection, connect
+from langchain_bge_dense.chroma.session import connect
 from langchain_bge_dense.chroma.settings import (
     CollectionSettings,
     Wanted,
-    claim,
     cosine_configuration,
     require_cosine,
 )
@@ -94,26 +94,23 @@ class BGEM3Chroma(Chroma):
         }
         place = {key: options.pop(key) for key in _PLACE if key in options}
         session = connect(persist_directory, client, place)
-        guarded = GuardedCollection(session, collection_name)
+        self.passages = Passages(session, collection_name, embeddings, own)
+        """The passages of the collection, for the other parts of this package."""
         with session.exclusive():
-            guarded.find()  # puts a copy in place that a killed compaction has completed
+            # Checks one that exists, and puts a copy in place that a killed compaction completed.
+            session.read(self.passages.collection.find)
             super().__init__(collection_name, embeddings, client=session.client, **options)
-            claim(guarded, embeddings, own)
-            self.passages = Passages(guarded, embeddings)
-            """The passages of the collection, for the other parts of this package."""
-        del self.__dict__["client"]  # the session's is replaced when the folder is opened again
+        self.passages.refresh()
         self.passages.keep(wanted)
 
     @property
     def _client(self) -> ClientAPI:
-        """The client, which is replaced when the folder is opened again."""
-        passages = self.__dict__.get("passages")
-        client: ClientAPI = passages.session.client if passages else self.__dict__["client"]
-        return client
+        """The session's client, which is replaced when the folder is opened again."""
+        return self.passages.session.client
 
     @_client.setter
     def _client(self, client: ClientAPI) -> None:
-        self.__dict__["client"] = client
+        """Leave the session its client, which LangChain sets again."""
 
     @property
     def _collection(self) -> Any:
@@ -122,13 +119,13 @@ class BGEM3Chroma(Chroma):
 
     @property
     def lexical(self) -> bool:
-        """Whether the collection has lexical weights, for `BGEM3Retriever`."""
-        return self.passages.settings.lexical
+        """Whether the collection has lexical weights."""
+        return self.passages.refresh().lexical
 
     @property
     def colbert(self) -> Kind | None:
-        """Kind of the collection's ColBERT codes, for `BGEM3Retriever`; None: it has none."""
-        return self.passages.settings.colbert
+        """Kind of the collection's ColBERT codes, if it has any."""
+        return self.passages.refresh().colbert
 
     @property
     def uid(self) -> str:
@@ -144,7 +141,7 @@ class BGEM3Chroma(Chroma):
             >>> store.uid == before
             True
         """
-        return self.passages.settings.uid
+        return self.passages.refresh().uid
 
     def add_texts(
         self,
@@ -178,19 +175,19 @@ class BGEM3Chroma(Chroma):
         return [r.id for r in records]
 
     def add_images(self, *_: object, **__: object) -> NoReturn:
-        """Refuse images, which no text embeddings can embed."""
+        """Reject images, which no text embeddings can embed."""
         msg = "A store of open_chroma holds texts. Add images to a plain langchain_chroma.Chroma."
         raise NotImplementedError(msg)
 
     def fork(self, *_: object, **__: object) -> NoReturn:
-        """Refuse a copy by Chroma, which would share the signals of this store's passages."""
+        """Reject a copy by Chroma, which would share the signals of this store's passages."""
         msg = "Chroma's copy would share signals with this store. Index into another collection."
         raise NotImplementedError(msg)
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], *args: Any, **kwargs: Any) -> Self:
         """Open a store and add texts of any iterable to it; see `open_chroma` and `add_texts`."""
-        return super().from_texts(list(_checked_texts(texts)), *args, **kwargs)  # type: ignore[return-value]
+        return super().from_texts(list(checked_texts(texts)), *args, **kwargs)  # type: ignore[return-value]
 
     @classmethod
     def from_documents(cls, documents: Iterable[Document], *args: Any, **kwargs: Any) -> Self:
@@ -205,7 +202,7 @@ class BGEM3Chroma(Chroma):
             documents: The new ones. Metadata keys that they lack stay as they are.
         """
         _check_lengths("documents", documents, "ids", ids)
-        self.passages.session.acquire_writer()
+        self.passages.acquire_writer()
         stored = self.passages.stored([check_id(each, n) for n, each in enumerate(ids)])
         records = {
             passage: record(document.model_copy(update={"id": passage}), place)._replace(
@@ -218,7 +215,7 @@ class BGEM3Chroma(Chroma):
 
     def _write(self, records: Iterable[Record], *, stored: bool) -> None:
         passages = self.passages
-        passages.session.acquire_writer()
+        passages.acquire_writer()
         for batch in batch_iterate(min(_BATCH, passages.session.batch_size), records):
             former = passages.stored([r.id for r in batch]) if stored else {}
             passages.write(batch, passages.encode([r.text for r in batch]), former)
@@ -238,18 +235,18 @@ class BGEM3Chroma(Chroma):
             msg = "Nothing says what to delete. Pass ids, where or where_document."
             raise ValueError(msg)
         if which.get("ids") != []:
-            self.passages.session.acquire_writer()
+            self.passages.acquire_writer()
             self.passages.delete(**which)
 
     def delete_collection(self) -> None:
         """Delete the collection and all that belongs to its passages."""
-        self.passages.session.acquire_writer()
+        self.passages.acquire_writer()
         self.passages.drop()
         self._chroma_collection = None
 
     def reset_collection(self) -> None:
         """Delete the collection and begin an empty one, which keeps what this one kept."""
-        settings = self.passages.settings.renewed()
+        settings = self.passages.refresh().renewed()
         self._collection_metadata = {**(self._collection_metadata or {}), **settings.metadata()}
         super().reset_collection()
 
@@ -311,15 +308,9 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
 ) -> BGEM3Chroma:
     """Open a collection in cosine space that holds vectors of these embeddings and of no others.
 
-    The embeddings' fingerprint and dimension are written to a new collection and checked when it is
-    opened again; caches and other wrappers count as what they wrap. A collection that plain Chroma
-    filled is taken over if it is in cosine space and one of its texts, embedded again, gives the
-    vector stored.
-
-    Where the data is: in `persist_directory`; or with `client`, or on the server at `host` and
-    `port`; or, with none of these, in memory, in a database that only this store uses and that ends
-    with the process. To share a collection in memory, pass one `chromadb.EphemeralClient()` as
-    `client` each time.
+    Fingerprint and dimension of the embeddings are written to a new collection, and checked when it
+    is opened again; wrappers count as what they wrap. A collection that plain Chroma filled is
+    taken over if it is in cosine space and one of its texts, embedded again, gives its vector.
 
     One process may write to a folder, and any number search it; a server lets several write. What a
     kill, a full disk, a fork and a server that goes away do is in docs/chroma.md.
@@ -327,8 +318,10 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
     Args:
         embeddings: Any LangChain embeddings.
         collection_name: 3 to 512 characters of `[a-zA-Z0-9._-]`.
-        persist_directory: A folder, made if it does not exist; `~` is the user's own.
-        client: A Chroma client of your own, `chromadb.HttpClient(...)` for example.
+        persist_directory: A folder, made if it does not exist; `~` is the user's own. Without
+            folder, `client` and `host` the data is in memory, of this store alone.
+        client: A Chroma client of your own, `chromadb.HttpClient(...)` for example. To share a
+            collection in memory, pass one `chromadb.EphemeralClient()` each time.
         lexical: Store lexical weights of the same forward pass too, for `BGEM3Retriever`. It is
             written to the collection; None: as the collection has it, False for a new one.
         colbert: Keep ColBERT vectors of the same forward pass too, in codes of `"1bit"` (also
@@ -342,12 +335,10 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
         The store. Its relevance scores are cosines, clipped to 0..1.
 
     Raises:
-        TypeError: `embeddings` is not LangChain `Embeddings`, or gives no lexical weights or
-            ColBERT vectors.
-        ValueError: The name is invalid, two places are given for the data, another space than
-            cosine is asked for, or the collection has another space or another model's vectors.
-        OSError: The folder could not be written to, or its index is damaged; the error says what
-            is left.
+        TypeError: `embeddings` is not LangChain `Embeddings`, or lacks an output asked for.
+        ValueError: The name is invalid, the data has two places, or the collection has another
+            space than cosine, or another model's vectors.
+        OSError: The folder could not be written to, or its index is damaged.
 
     Example:
         >>> from langchain_core.embeddings import DeterministicFakeEmbedding
@@ -368,15 +359,15 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
 
 
 def _relevance(distance: float) -> float:
-    """Cosine of a cosine distance, which rounding can put a hair outside 0..1."""
+    """Turn a cosine distance into a cosine, which rounding can put a hair outside 0..1."""
     return min(1.0, max(0.0, 1.0 - distance))
 
 
 def _columns(
     texts: Iterable[str], metadatas: object, ids: object
 ) -> Iterable[tuple[str, dict[str, Any], str]]:
-    """Texts with their metadata and ids, checked."""
-    texts = list(_checked_texts(texts))
+    """Check texts, metadata and ids, and fill in those that lack."""
+    texts = list(checked_texts(texts))
     if isinstance(metadatas, (str, Mapping)) or isinstance(ids, str):
         msg = (
             "metadatas and ids are lists with an item for each text. Put a single one into a list."
@@ -388,22 +379,10 @@ def _columns(
         _check_lengths("metadatas", given, "texts", texts)
     _check_lengths("ids", named, "texts", texts)
     for place, (text, name) in enumerate(zip(texts, named, strict=True)):
-        if not isinstance(text, str):
-            msg = (
-                f"Text {place} is {type(text).__name__}, not str. "
-                "Convert it first, or drop it from the list."
-            )
-            raise TypeError(msg)
+        check_text(text, place)
         named[place] = str(uuid.uuid4()) if name is None else check_id(name, place)
     given += [None] * (len(texts) - len(given))
     return zip(texts, [each or {} for each in given], named, strict=True)
-
-
-def _checked_texts(texts: object) -> Iterable[str]:
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-        msg = f"The texts are one {type(texts).__name__}. Pass a list of texts: [text]."
-        raise TypeError(msg)
-    return texts
 
 
 def _check_lengths(one: str, ones: Sequence[Any], other: str, others: Sequence[Any]) -> None:
@@ -416,7 +395,7 @@ def _check_lengths(one: str, ones: Sequence[Any], other: str, others: Sequence[A
 
 
 def _check_places(**options: Any) -> None:
-    """Refuse more than one place; langchain-chroma knows all but `client`."""
+    """Reject more than one place; langchain-chroma knows all but `client`."""
     given = [name for name in _PLACES if options.get(name) is not None]
     if len(given) > 1:
         msg = f"{' and '.join(given)} are given, and data has one place. Pass one of them."

@@ -88,7 +88,7 @@ class _Entrance:
 
 
 def _refused(http: Request, error: Exception) -> JSONResponse:
-    """What the clients of a path read errors from."""
+    """Shape an error as the clients of a path read it."""
     assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for these alone
     detail: Any = error.detail
     if not isinstance(detail, dict):

@@ -144,7 +144,7 @@ def _run(embeddings: BGEM3Embeddings, app: FastAPI, place: dict[str, Any]) -> No
     def load() -> None:
         try:
             logger.info("Loading %s.", embeddings.model)
-            engine: Any = embeddings.load()._loaded()  # noqa: SLF001 - its own package's
+            engine: Any = embeddings.load().engine()
             while not server.started:
                 time.sleep(_POLL_SECONDS)
             served = (engine.checkpoint.name, engine.device, engine.dtype, _url(place))

@@ -84,7 +84,7 @@ async def _vectors(
 def tags(http: Request) -> dict[str, Any]:
     """The names that the one model answers to."""
     service = service_of(http)
-    digest = service.embeddings._checkpoint().digest  # noqa: SLF001
+    digest = service.embeddings.session().checkpoint.digest
     names = [f"{name}:latest" for name in service.names]
     return {"models": [{"name": name, "model": name, "digest": digest} for name in names]}
 

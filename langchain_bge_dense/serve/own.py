@@ -58,7 +58,7 @@ def tokenize(http: Request, asked: TextRequest) -> list[tuple[int, int, int]]:
     """Tokens of a text, special ones left out: id, and where in the text it starts and ends."""
     embeddings = service_of(http).embeddings
     try:
-        return embeddings._loaded().token_spans(check_text(asked.text, 0))  # noqa: SLF001
+        return embeddings.engine().token_spans(check_text(asked.text, 0))
     except ValueError as error:
         raise refusal(422, error) from error
 

@@ -35,7 +35,7 @@ _CHOICES = ("instruction", "max_length", "normalize", "on_truncate")
 
 
 Purpose = Literal["query", "search_query", "document", "search_document", "passage"]
-"""What clients call the two kinds of text, of which each has an instruction of the server."""
+"""Names that clients give the two kinds of text, each with an instruction of the server."""
 
 
 class EncodeRequest(BaseModel):
@@ -63,11 +63,12 @@ class EncodeRequest(BaseModel):
 
     def options(self, embeddings: BGEM3Embeddings) -> Options:
         """The server's options, changed by what was given."""
-        options = embeddings._options(query=self.query)  # noqa: SLF001
+        session = embeddings.session()
+        options = session.queries if self.query else session.documents
         if self.max_length is not None:
-            embeddings._checkpoint().longest(self.max_length)  # noqa: SLF001
+            session.checkpoint.longest(self.max_length)
         given = {name: getattr(self, name) for name in _CHOICES if getattr(self, name) is not None}
-        options = options._replace(paired=False, **given)
+        options = options._replace(**given)
         return options if options.on_truncate == "raise" else options._replace(on_truncate="ignore")
 
 
@@ -103,14 +104,14 @@ class Service:
     @property
     def names(self) -> list[str]:
         """Names of the model: the checkpoint's, `bge-m3` where it has the heads, aliases."""
-        found = self.embeddings._checkpoint()  # noqa: SLF001
+        found = self.embeddings.session().checkpoint
         family = [_FAMILY] if found.has_heads else []
         return list(dict.fromkeys([found.name, *family, *self._aliases]))
 
     @property
     def max_length(self) -> int:
         """Tokens that a text is cut to, unless a caller asks for fewer."""
-        return self.embeddings._checkpoint().longest(self.embeddings.max_length)  # noqa: SLF001
+        return self.embeddings.session().documents.max_length
 
     def at_most(self, tokens: int | None) -> int | None:
         """Tokens that a caller lets a text have, as far as the server does."""
@@ -143,11 +144,7 @@ class Service:
     ) -> list[T]:
         """Render the outputs asked for, part by part, unless the caller hangs up meanwhile.
 
-        Args:
-            http: Where the caller is.
-            asked: Texts and what to compute.
-            render: Called with the outputs of each part, in a thread; all others are let go.
-            parts: Most parts that the texts may make: 1 for callers that split them themselves.
+        `render` is called with the outputs of each part, in a thread, before the next is computed.
         """
         size = self.limits["colbert_texts" if asked.colbert else "texts"]
         if len(asked.texts) > parts * size:
@@ -168,7 +165,7 @@ class Service:
     async def dense(
         self, http: Request, asked: EncodeRequest, write: Callable[[NDArray[np.float32]], str]
     ) -> tuple[list[str], int]:
-        """Write the dense vectors of texts as JSON; gives them and the tokens of the texts."""
+        """Write the dense vectors of texts as JSON, and count the tokens."""
 
         def render(encoding: M3Encoding) -> tuple[list[str], int]:
             vectors = [write(vector) for vector in encoding.dense]  # type: ignore[union-attr]
@@ -194,7 +191,7 @@ class Service:
     async def _encode(self, asked: EncodeRequest) -> M3Encoding:
         await self._load()
         self._check_model(asked)
-        encoding = await self.embeddings._loaded().aencode(  # noqa: SLF001
+        encoding = await self.embeddings.engine().aencode(
             asked.texts,
             asked.options(self.embeddings),
             first=asked.first,
@@ -212,9 +209,9 @@ class Service:
         return self.embeddings._engine is not None  # noqa: SLF001
 
     def info(self) -> dict[str, Any]:
-        """What is served, and how."""
+        """Describe the model and the settings of the server."""
         embeddings = self.embeddings
-        found = embeddings._checkpoint()  # noqa: SLF001
+        found, documents, queries = embeddings.session()
         return {
             "version": version("langchain-bge-dense"),
             "fingerprint": embeddings.fingerprint,
@@ -225,12 +222,12 @@ class Service:
             "has_heads": found.has_heads,
             "dimension": found.dimension,
             "positions": found.positions,
-            "max_length": found.longest(embeddings.max_length),
+            "max_length": documents.max_length,
             "limits": self.limits,
             "normalize": embeddings.normalize,
             "on_truncate": embeddings.on_truncate,
-            "query_instruction": embeddings._instruction(query=True),  # noqa: SLF001
-            "document_instruction": embeddings._instruction(query=False),  # noqa: SLF001
+            "query_instruction": queries.instruction,
+            "document_instruction": documents.instruction,
         }
 
     @contextmanager
@@ -249,8 +246,8 @@ class Service:
             self._queued -= 1
 
     def _check_model(self, asked: EncodeRequest) -> None:
-        """Refuse who knows another model from before."""
-        found = self.embeddings._checkpoint()  # noqa: SLF001
+        """Reject a client that was created for a different model."""
+        found = self.embeddings.session().checkpoint
         served = {"digest": found.digest, "pooling": found.modules.pooling}
         for name, value in served.items():
             if getattr(asked, name) not in (None, value):
@@ -267,7 +264,7 @@ def is_query(purpose: Purpose | None) -> bool:
 
 
 def on_truncate(truncate: bool | None) -> Literal["raise", "ignore"] | None:
-    """What a client says by whether to cut longer texts."""
+    """Translate whether a client lets longer texts be cut."""
     return None if truncate is None else "ignore" if truncate else "raise"
 
 

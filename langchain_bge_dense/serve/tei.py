@@ -113,7 +113,7 @@ async def similarity(http: Request, asked: SimilarityRequest) -> list[float]:
 
 
 def info(service: Service) -> dict[str, Any]:
-    """What its clients read of `/info`."""
+    """Say what its clients read of `/info`."""
     return {
         "model_id": service.names[0],
         "model_type": {"embedding": {"pooling": service.info()["pooling"]}},

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from langchain_milvus.utils.sparse import BaseSparseEmbedding
 
+from langchain_bge_dense.sparse.pairs import Pairs, lexical
+
 if TYPE_CHECKING:
     from langchain_bge_dense.embeddings import BGEM3Embeddings
 
@@ -23,7 +25,8 @@ class BGEM3MilvusSparse(BaseSparseEmbedding):
     """
 
     def __init__(self, embeddings: BGEM3Embeddings) -> None:
-        self._lexical = embeddings._sparse_side()  # noqa: SLF001 - one forward pass for both sides
+        self._embeddings = embeddings
+        embeddings.pair(Pairs)
 
     def embed_documents(self, texts: list[str]) -> list[dict[int, float]]:
         """Lexical weights of N passages; a text without any has one that no query finds.
@@ -31,7 +34,9 @@ class BGEM3MilvusSparse(BaseSparseEmbedding):
         Raises:
             ValueError: The checkpoint is dense only.
         """
-        return [weights or dict(_UNFOUND) for weights in self._lexical(texts, query=False)]
+        return [
+            weights or dict(_UNFOUND) for weights in lexical(self._embeddings, texts, query=False)
+        ]
 
     def embed_query(self, query: str) -> dict[int, float]:
         """Lexical weights of a query.
@@ -39,4 +44,4 @@ class BGEM3MilvusSparse(BaseSparseEmbedding):
         Raises:
             ValueError: The checkpoint is dense only.
         """
-        return self._lexical([query], query=True)[0]
+        return lexical(self._embeddings, [query], query=True)[0]

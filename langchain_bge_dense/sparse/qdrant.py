@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from langchain_qdrant.sparse_embeddings import SparseEmbeddings, SparseVector
 
+from langchain_bge_dense.sparse.pairs import Pairs, lexical
+
 if TYPE_CHECKING:
     from langchain_bge_dense.embeddings import BGEM3Embeddings
 
@@ -19,7 +21,8 @@ class BGEM3QdrantSparse(SparseEmbeddings):
     """
 
     def __init__(self, embeddings: BGEM3Embeddings) -> None:
-        self._lexical = embeddings._sparse_side()  # noqa: SLF001 - one forward pass for both sides
+        self._embeddings = embeddings
+        embeddings.pair(Pairs)
 
     def embed_documents(self, texts: list[str]) -> list[SparseVector]:
         """Lexical weights of N passages; an empty text has none.
@@ -27,7 +30,7 @@ class BGEM3QdrantSparse(SparseEmbeddings):
         Raises:
             ValueError: The checkpoint is dense only.
         """
-        return [_vector(weights) for weights in self._lexical(texts, query=False)]
+        return [_vector(weights) for weights in lexical(self._embeddings, texts, query=False)]
 
     def embed_query(self, text: str) -> SparseVector:
         """Lexical weights of a query.
@@ -35,7 +38,7 @@ class BGEM3QdrantSparse(SparseEmbeddings):
         Raises:
             ValueError: The checkpoint is dense only.
         """
-        return _vector(self._lexical([text], query=True)[0])
+        return _vector(lexical(self._embeddings, [text], query=True)[0])
 
 
 def _vector(weights: dict[int, float]) -> SparseVector:

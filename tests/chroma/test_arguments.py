@@ -35,8 +35,8 @@ BAD: list[tuple[type[Exception], str, Callable[[BGEM3Chroma], Any]]] = [
     (TypeError, "Text 1 is NoneType, not str", lambda s: s.add_texts(["a", None])),
     (TypeError, "metadatas and ids are lists", lambda s: s.add_texts(["a"], {"k": 1})),
     (TypeError, "metadatas and ids are lists", lambda s: s.add_texts(["a"], ids="x")),
-    (TypeError, r"texts are one str. Pass a list", lambda s: s.add_texts("a text")),
-    (TypeError, r"texts are one int", lambda s: s.add_texts(7)),
+    (TypeError, r"A single str was passed", lambda s: s.add_texts("a text")),
+    (TypeError, r"A single int was passed", lambda s: s.add_texts(7)),
     (
         ValueError,
         "1 documents for 2 ids",
@@ -52,7 +52,7 @@ BAD: list[tuple[type[Exception], str, Callable[[BGEM3Chroma], Any]]] = [
     ),
     (
         TypeError,
-        "texts are one str",
+        "A single str was passed",
         lambda s: BGEM3Chroma.from_texts("a text", HashedEmbeddings()),
     ),
 ]

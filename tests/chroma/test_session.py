@@ -390,5 +390,8 @@ def test_a_collection_that_another_model_fills_anew_is_refused():
     with pytest.raises(ValueError, match="'anew' was deleted"):
         store.get()
     open_chroma(HashedEmbeddings(model="other"), "anew", client=client).add_texts(["two"])
-    with pytest.raises(AnotherModelError, match="holds vectors of"):
-        index_documents(store, [Document("three")])
+    for _ in range(2):
+        with pytest.raises(AnotherModelError, match="holds vectors of"):
+            index_documents(store, [Document("three")])
+        with pytest.raises(AnotherModelError, match="holds vectors of"):
+            store.similarity_search("two")

@@ -29,6 +29,7 @@ from langchain_bge_dense import BGEM3Embeddings, BGEM3Reranker
 from langchain_bge_dense._engine import client
 from langchain_bge_dense._engine.client import Client
 from langchain_bge_dense.matches import find_matches
+from langchain_bge_dense.sparse import BGEM3QdrantSparse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -180,9 +181,10 @@ def test_a_bar_shows_what_has_come(
 def test_a_hybrid_store_asks_once_for_both_sides(tiny: BGEM3Embeddings) -> None:
     with served(tiny) as url, gated(tiny) as gate:
         embeddings = BGEM3Embeddings(base_url=url)
-        sparse = embeddings._sparse_side()
+        sparse = BGEM3QdrantSparse(embeddings)
         dense = embeddings.embed_documents(TEXTS)
-        weights = sparse(TEXTS, query=False)
+        found = sparse.embed_documents(TEXTS)
+        weights = [dict(zip(each.indices, each.values, strict=True)) for each in found]
         assert sum(gate.batches) == len(TEXTS)
     assert dense == tiny.embed_documents(TEXTS)
     assert weights == tiny.encode(TEXTS, dense=False, lexical=True).lexical

@@ -31,7 +31,7 @@ def own(tiny_checkpoint: Path) -> BGEM3Embeddings:
 
 @pytest.fixture
 def gate(tiny: BGEM3Embeddings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    encoder = tiny._loaded().encoder
+    encoder = tiny.engine().encoder
     gate = Gate(encoder.forward)
     monkeypatch.setattr(encoder, "forward", gate)
     yield gate
@@ -159,7 +159,7 @@ async def test_a_cancelled_coroutine_drops_its_texts(
 @pytest.fixture
 def tokenizing(tiny: BGEM3Embeddings, monkeypatch: pytest.MonkeyPatch) -> Gate:
     """Holds up whoever tokenises, until the test lets it go on."""
-    encoder = tiny._loaded().encoder
+    encoder = tiny.engine().encoder
     gate = Gate(encoder.tokenize)
     gate.go_on.clear()
     monkeypatch.setattr(encoder, "tokenize", gate)
@@ -281,7 +281,7 @@ async def test_closing_lets_a_running_coroutine_end(own: BGEM3Embeddings) -> Non
 
 @contextmanager
 def held(embeddings: BGEM3Embeddings) -> Iterator[Gate]:
-    encoder = embeddings._loaded().encoder
+    encoder = embeddings.engine().encoder
     gate = Gate(encoder.forward)
     gate.go_on.clear()
     encoder.forward = gate
@@ -317,7 +317,7 @@ def test_a_close_at_the_worst_moment_leaves_the_call_its_model(
 
     def closing(self: BGEM3Embeddings, name: str, value: object) -> None:
         settings(self, name, value)
-        if name in ("_engine", "_found"):
+        if name in ("_engine", "_session"):
             settings(self, name, None)
 
     settings = BGEM3Embeddings.__setattr__

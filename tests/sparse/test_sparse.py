@@ -213,11 +213,11 @@ def test_encodings_of_eight_calls_wait_for_their_other_half(
     for call in calls:
         embeddings.embed_documents(call)
     assert sum(passes) == 18
-    assert len(embeddings._engine.pairs._kept) == 8
+    assert len(embeddings._pairs._kept) == 8
     for call in calls[1:]:
         side.embed_documents(call)
     assert sum(passes) == 18
-    assert not embeddings._engine.pairs._kept
+    assert not embeddings._pairs._kept
     side.embed_documents(calls[0])
     assert sum(passes) == 20
 
