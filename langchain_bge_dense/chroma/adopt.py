@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from langchain_bge_dense._codes import Kind
     from langchain_bge_dense.chroma.passages import Passages
+    from langchain_bge_dense.chroma.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -108,15 +109,17 @@ def adopt(  # noqa: PLR0913 - those of `open_chroma`, and three
         options = {**place, **signals, "collection_metadata": given}
         return open_chroma(embeddings, name, **options)
 
-    _check_place(source, place)
+    if source is None:
+        check_there(persist_directory)
     with closing(session_at(**place)) as session:
+        _check_shared(session, client)
         session.acquire_writer()
         target = GuardedCollection(session, collection_name)
         adoption = Adoption(target if source is None else _collection_of(source), target)
         if not adoption.is_done:
             adoption.check(origin)
             adoption.run(origin, open_, show_progress=show_progress)
-    store = open_(collection_name)
+        store = open_(collection_name)  # before Chroma lets go of what it has in memory
     if adoption.is_done:
         store.add_missing()
     return store
@@ -269,13 +272,11 @@ def _encoded(passages: Passages, records: Sequence[Record], vectors: Sequence[An
     return signals._replace(vectors=unit)
 
 
-def _check_place(source: object, place: Mapping[str, Any]) -> None:
-    """Check that the data is in a place that others can open."""
-    if all(value is None for value in place.values()):
+def _check_shared(session: Session, client: ClientAPI | None) -> None:
+    """Check that the data is not in a memory that nobody else has."""
+    if client is None and not session.place:
         msg = "Nothing says where the store is to be. Pass persist_directory, client or host."
         raise ValueError(msg)
-    if source is None:
-        check_there(place["persist_directory"])
 
 
 def check_there(folder: str | os.PathLike[str] | None) -> None:

@@ -356,6 +356,9 @@ def test_what_cannot_be_adopted_is_told(tmp_path):
     embeddings = HashedEmbeddings()
     with pytest.raises(ValueError, match="Nothing says where the store is to be"):
         adopt(embeddings)
+    source = Chroma("there", embeddings, client=chromadb.EphemeralClient())
+    with pytest.raises(ValueError, match="Nothing says where the store is to be"):
+        adopt(embeddings, source=source, collection_metadata={"owner": "me"})
     with pytest.raises(FileNotFoundError, match=r"There is no Chroma in .*typo"):
         adopt(embeddings, persist_directory=tmp_path / "typo")
     assert not (tmp_path / "typo").exists()
