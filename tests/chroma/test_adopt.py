@@ -390,6 +390,7 @@ def test_ten_thousand_passages_in_constant_memory(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 8 << 20  # the texts have twenty
+    assert len(list(tmp_path.glob("*/header.bin"))) == 1  # that of the collection is gone
     assert embeddings.embedded == embedded + 10
 
 
@@ -501,7 +502,7 @@ def test_a_folder_that_another_store_writes_to_in_another_process(tmp_path):
         adopt(HashedEmbeddings(), persist_directory=tmp_path)
 
 
-def test_on_a_server_and_from_there_into_a_folder(tiny, tmp_path):
+def test_on_a_server_and_from_there_into_a_folder(tiny, tiny_checkpoint, tmp_path):
     with ChromaServer(tmp_path / "server") as server:
         place: Any = {"host": server.host, "port": server.port}
         plain = Chroma("notes", tiny, **place)
@@ -510,7 +511,11 @@ def test_on_a_server_and_from_there_into_a_folder(tiny, tmp_path):
         with adopt(tiny, source=plain, persist_directory=tmp_path / "db", lexical=True) as store:
             assert contents(store) == expected
             assert len(index_of(store)) == 700
-        with pytest.raises(ValueError, match=f"adopt http://{server.host}:{server.port} --coll"):
+        url, folder = f"http://{server.host}:{server.port}", str(tmp_path / "cli")
+        options = ["--collection", "notes", "--to", folder, "--model", str(tiny_checkpoint)]
+        main(["adopt", url, *options])
+        assert left(tmp_path / "cli", "notes") == (700, "cosine")
+        with pytest.raises(ValueError, match=f"adopt {url} --coll"):
             open_chroma(tiny, "notes", **place)
         with adopt(tiny, "notes", lexical=True, **place) as store:
             assert contents(store) == expected
