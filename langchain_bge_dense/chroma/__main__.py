@@ -12,7 +12,8 @@ from langchain_chroma import Chroma
 
 from langchain_bge_dense._codes import Kind
 from langchain_bge_dense._options import add_settings
-from langchain_bge_dense.chroma.adopt import adopt, check_there
+from langchain_bge_dense.chroma.adopt import adopt
+from langchain_bge_dense.chroma.folder import check_there
 from langchain_bge_dense.chroma.store import session_at
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 

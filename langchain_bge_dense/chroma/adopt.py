@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from langchain_chroma import Chroma
 from langchain_core.documents import Document
+from langchain_core.utils.iter import batch_iterate
 from tqdm.auto import tqdm
 
 from langchain_bge_dense._engine.calls import reporting
 from langchain_bge_dense.chroma.compaction import put_in_place
-from langchain_bge_dense.chroma.contents import Contents, Found, Origin, have_length, pages
-from langchain_bge_dense.chroma.folder import folder_of
+from langchain_bge_dense.chroma.contents import Contents, Found, Origin, have_length, records_of
+from langchain_bge_dense.chroma.folder import check_there
 from langchain_bge_dense.chroma.records import Record, record
 from langchain_bge_dense.chroma.session import COMPLETE, COPY, GuardedCollection, connect
 from langchain_bge_dense.chroma.settings import KEY, Wanted
@@ -24,6 +24,7 @@ from langchain_bge_dense.chroma.signals import Encoded
 from langchain_bge_dense.chroma.store import BGEM3Chroma, open_chroma, session_at
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Mapping, Sequence
 
     from chromadb.api import ClientAPI
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_BATCH = 256  # records written at once
 _FROM = "adopted_from"
 """Key in the metadata of a store: id of the collection that it was copied from."""
 
@@ -90,6 +92,7 @@ def adopt(  # noqa: PLR0913 - those of `open_chroma`, and three
         ValueError: There is no such collection, the name of the store is taken, a text is longer
             than the other tool took, a record without text would be lost, or metadata have a key
             that `BGEM3Retriever` writes; otherwise as `open_chroma`.
+        RuntimeError: Somebody wrote to the collection meanwhile.
 
     Example:
         >>> from langchain_chroma import Chroma
@@ -204,26 +207,29 @@ class Adoption:
 
     def _copy(self, open_: Callable[..., BGEM3Chroma]) -> BGEM3Chroma:
         """The store that is written, as a run before has left it."""
-        name, own = f"{self._target.name}{COPY}", self._old.metadata
-        carried = {k: v for k, v in own.items() if k != KEY and not k.startswith("hnsw:")}
-        carried |= {_FROM: self._id, COMPLETE: False}
-        copy = open_(name, carried)
-        if copy.passages.collection.metadata.get(_FROM) != self._id:
-            with copy:
-                copy.delete_collection()
-            copy = open_(name, carried)
+        carried = {k: v for k, v in self._old.metadata.items() if not k.startswith("hnsw:")}
+        carried = {**carried, _FROM: self._id, COMPLETE: False}
+        carried.pop(KEY, None)  # of a store, which has settings of its own
+        copy = open_(f"{self._target.name}{COPY}", carried)
+        copy.passages.collection.modify(carried)  # of a run before it may be for another source
         return copy
 
     def _fill(self, passages: Passages, origin: Origin, *, show_progress: bool) -> int:
         """Write the passages that are not there yet; gives how many there are."""
         total, done, copied = self._old.count(), 0, 0
         with tqdm(desc="Adopting", total=total, unit=" records", disable=not show_progress) as bar:
-            for page in pages(self._old, vectors=True):
-                with_text = [found for found in page if found.text is not None]
+            for batch in batch_iterate(_BATCH, records_of(self._old, vectors=True)):
+                with_text = [found for found in batch if found.text is not None]
                 with reporting(bar.update):
                     _add(passages, with_text, origin)
-                done, copied = done + len(page), copied + len(with_text)
+                done, copied = done + len(batch), copied + len(with_text)
                 bar.update(done - bar.n)
+        if done != (total := self._old.count()):
+            msg = (
+                f"Collection {self._old.name!r} has {total:,} records, and {done:,} were read: "
+                "somebody writes to it. Stop that, and run this again, which goes on."
+            )
+            raise RuntimeError(msg)
         return copied
 
     def _delete_others(self, passages: Passages) -> None:
@@ -240,17 +246,17 @@ class Adoption:
             folder.flush()
 
 
-def _add(passages: Passages, page: Sequence[Found], origin: Origin) -> None:
+def _add(passages: Passages, batch: Sequence[Found], origin: Origin) -> None:
     """Write those of some records that are not there yet."""
     records = [
         record(Document(found.text or "", metadata=dict(found.metadata or {}), id=found.id), n)
-        for n, found in enumerate(page)
+        for n, found in enumerate(batch)
     ]
     stored = passages.stored([each.id for each in records])
     complete = passages.complete(records, stored, signals=True)
     copied: list[int] = []
     embedded: list[int] = []
-    for n, found in enumerate(page):
+    for n, found in enumerate(batch):
         if found.id not in complete:
             again = not have_length(found.vector) or origin.has_cut(records[n].text)
             (embedded if again else copied).append(n)
@@ -259,7 +265,9 @@ def _add(passages: Passages, page: Sequence[Found], origin: Origin) -> None:
         passages.write(chosen, passages.encode([each.text for each in chosen]), stored)
     if copied:
         chosen = [records[n] for n in copied]
-        passages.write(chosen, _encoded(passages, chosen, [page[n].vector for n in copied]), stored)
+        passages.write(
+            chosen, _encoded(passages, chosen, [batch[n].vector for n in copied]), stored
+        )
 
 
 def _encoded(passages: Passages, records: Sequence[Record], vectors: Sequence[Any]) -> Encoded:
@@ -277,13 +285,6 @@ def _check_shared(session: Session, client: ClientAPI | None) -> None:
     if client is None and not session.place:
         msg = "Nothing says where the store is to be. Pass persist_directory, client or host."
         raise ValueError(msg)
-
-
-def check_there(folder: str | os.PathLike[str] | None) -> None:
-    """Check that a folder, if it is one, has a Chroma, which would be made otherwise."""
-    if folder is not None and not folder_of(folder).is_there():
-        msg = f"There is no Chroma in {os.fspath(folder)!r}. Correct the folder."
-        raise FileNotFoundError(msg)
 
 
 def _collection_of(source: object) -> GuardedCollection:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from langchain_bge_dense.chroma.session import GuardedCollection
 
-_PAGE = 256  # records read at once; Chroma Cloud gives no more than 300
+_PAGE = 1_000  # records read at once
 _SAMPLE = 10  # texts embedded again
 _LENGTHS = (256, 512, 1_024, 2_048, 4_096)  # tokens at which other tools cut texts
 
@@ -35,15 +35,15 @@ class Found(NamedTuple):
     vector: Any = None  # (D,)
 
 
-def pages(collection: GuardedCollection, *, vectors: bool) -> Iterator[list[Found]]:
-    """Records of a collection, a page at a time, in the order in which they were added."""
+def records_of(collection: GuardedCollection, *, vectors: bool) -> Iterator[Found]:
+    """Records of a collection in the order in which they were added, in constant memory."""
     columns = ["documents", "metadatas", *["embeddings"] * vectors]
-    for offset in count(0, _PAGE):
+    for offset in count(0, _PAGE):  # Chroma counts up to it: the fewer pages the better
         found = collection.get(limit=_PAGE, offset=offset, include=columns)
         if not found["ids"]:
             return
         rows = found["embeddings"] if vectors else repeat(None)
-        yield list(map(Found, found["ids"], found["documents"], found["metadatas"], rows))
+        yield from map(Found, found["ids"], found["documents"], found["metadatas"], rows)
 
 
 class Contents:
@@ -67,10 +67,9 @@ class Contents:
         self.first_textless = ""
         self._by_size: dict[int, set[tuple[int, str]]] = defaultdict(set)
         self._longest = (0, "")
-        for page in pages(collection, vectors=False):
-            for found in page:
-                _check_keys(collection.name, found)
-                self._add(found)
+        for found in records_of(collection, vectors=False):
+            _check_keys(collection.name, found)
+            self._add(found)
 
     def _add(self, found: Found) -> None:
         self.records += 1

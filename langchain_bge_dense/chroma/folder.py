@@ -394,6 +394,13 @@ def folder_of(path: str | os.PathLike[str]) -> Folder:
         return _folders[real]
 
 
+def check_there(folder: str | os.PathLike[str] | None) -> None:
+    """Check that a folder, if it is one, has a Chroma, which would be made otherwise."""
+    if folder is not None and not folder_of(folder).is_there():
+        msg = f"There is no Chroma in {os.fspath(folder)!r}. Correct the folder."
+        raise FileNotFoundError(msg)
+
+
 def start(path: str | None, names: dict[str, str]) -> ClientAPI:
     """A client of the Chroma in this process, with the settings of the one that runs.
 

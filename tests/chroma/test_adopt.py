@@ -482,7 +482,7 @@ def test_what_was_deleted_since_a_run_is_deleted_from_the_copy(tmp_path, monkeyp
         assert sorted(contents(store)) == sorted(d.id for d in texts_of(30) if d.id != "3")
 
 
-def test_the_copy_of_another_collection_is_not_gone_on_with(tmp_path, monkeypatch):
+def test_the_copy_of_another_collection_becomes_this_one(tmp_path, monkeypatch):
     embeddings = HashedEmbeddings()
     client = chromadb.EphemeralClient()
     place: Any = {"persist_directory": tmp_path}
@@ -490,8 +490,30 @@ def test_the_copy_of_another_collection_is_not_gone_on_with(tmp_path, monkeypatc
     Chroma("two", embeddings, client=client).add_texts(["two"], ids=["2"])
     one, two = Chroma("one", client=client), Chroma("two", client=client)
     interrupted(embeddings, monkeypatch, source=one, **place)
-    with adopt(embeddings, source=two, **place) as store:
-        assert contents(store) == {"2": ("two", None)}
+    for _ in range(2):
+        with adopt(embeddings, source=two, **place) as store:
+            assert contents(store) == {"2": ("two", None)}
+
+
+def test_a_collection_that_is_written_to_meanwhile_is_not_replaced(tmp_path):
+    texts = ["one", "two", "three"]
+    vectors = np.array(HashedEmbeddings().embed_documents(texts))
+    vectors[2] = 0
+    put(tmp_path, vectors, texts)
+    client = chromadb.PersistentClient(os.fspath(tmp_path))
+    plain = client.get_collection("langchain", embedding_function=None)
+    embeddings = HashedEmbeddings()
+
+    def embed_and_delete(texts: list[str]) -> list[list[float]]:
+        if texts == ["three"]:  # which has no length, and is computed on the way
+            plain.delete(ids=["0"])
+        return HashedEmbeddings().embed_documents(texts)
+
+    embeddings.embed_documents = embed_and_delete
+    with pytest.raises(RuntimeError, match="has 2 records, and 3 were read: somebody writes"):
+        adopt(embeddings, client=client)
+    with adopt(HashedEmbeddings(), client=client) as store:
+        assert sorted(contents(store)) == ["1", "2"]
 
 
 def test_a_folder_that_another_store_writes_to_in_another_process(tmp_path):
