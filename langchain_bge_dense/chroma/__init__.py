@@ -12,6 +12,7 @@ as the same document would be stored once by each.
 from langchain_bge_dense._extras import needs
 
 with needs("chroma", __name__):
+    from langchain_bge_dense.chroma.adopt import adopt
     from langchain_bge_dense.chroma.compaction import CompactResult, compact
     from langchain_bge_dense.chroma.indexing import (
         IndexResult,
@@ -25,6 +26,7 @@ __all__ = [
     "BGEM3Chroma",
     "CompactResult",
     "IndexResult",
+    "adopt",
     "aindex_documents",
     "compact",
     "index_documents",

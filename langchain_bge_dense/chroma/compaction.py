@@ -104,18 +104,27 @@ def _replace(collection: GuardedCollection, fill: Callable[[GuardedCollection], 
         client.delete_collection(name)  # of a compaction that was killed
     settings = collection.configuration_json
     stored = {k: v for k, v in collection.metadata.items() if k != "hnsw:space"}
-    copy = client.create_collection(
+    client.create_collection(
         name,
         embedding_function=None,
         metadata={**stored, COMPLETE: False},
         configuration={k: settings[k] for k in ("hnsw", "spann") if settings.get(k)},  # type: ignore[arg-type]
     )
-    fill(GuardedCollection(session, name))
-    with session.exclusive():
-        copy.modify(metadata={**stored, COMPLETE: True})
-        client.delete_collection(collection.name)
-        copy.modify(name=collection.name)
+    filled = GuardedCollection(session, name)
+    fill(filled)
+    put_in_place(filled, collection.name)
     collection.forget()
+
+
+def put_in_place(copy: GuardedCollection, name: str) -> None:
+    """Give a complete copy the name of a collection, which is deleted if there is one."""
+    session = copy.session
+    with session.exclusive():
+        copy.modify({COMPLETE: True})
+        with contextlib.suppress(NotFoundError):
+            session.client.delete_collection(name)
+        copy.open().modify(name=name)
+    copy.forget()
 
 
 def _copy(source: GuardedCollection, target: GuardedCollection, ids: list[str]) -> None:

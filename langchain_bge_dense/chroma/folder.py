@@ -355,6 +355,13 @@ def folder_of(path: str | os.PathLike[str]) -> Folder:
         return _folders[real]
 
 
+def check_there(folder: str | os.PathLike[str] | None) -> None:
+    """Check that a folder, if it is one, has a Chroma, which would be made otherwise."""
+    if folder is not None and not folder_of(folder).is_there():
+        msg = f"There is no Chroma in {os.fspath(folder)!r}. Correct the folder."
+        raise FileNotFoundError(msg)
+
+
 def _systems() -> dict[str, Any]:
     """Chromas that run in this process, by their place."""
     return SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way

@@ -94,6 +94,14 @@ class Session:
         api = self.client.get_settings().chroma_api_impl
         return None if "Rust" in api or "Segment" in api else _BODY
 
+    @property
+    def place(self) -> str:
+        """Folder or URL of the Chroma; empty for one in memory."""
+        settings = self.client.get_settings()
+        host, port = settings.chroma_server_host, settings.chroma_server_http_port
+        scheme = "https" if settings.chroma_server_ssl_enabled else "http"
+        return f"{scheme}://{host}:{port}" if host else ""
+
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Keep others from writing, where the data is in a folder."""
@@ -184,6 +192,11 @@ class FolderSession(Session):
             self.outdated = (NotFoundError, InternalError)
         self._version: int | None = None  # of what was read
         self._release: weakref.finalize[..., Any] | None = None
+
+    @property
+    def place(self) -> str:
+        """The folder, as it was written first."""
+        return self.folder.path
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:

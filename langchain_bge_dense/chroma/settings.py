@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import uuid
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -32,7 +33,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "hnsw": {"space": "cosine", "max_neighbors": 48, "ef_construction": 400, "ef_search": 400},
     "spann": {"space": "cosine"},
 }
-_SAME_COSINE = 0.99  # of one text by one model, in any dtype
+SAME_COSINE = 0.99
+"""Lowest cosine of two vectors of one text by one model, in any dtype."""
 _SAMPLE = 10  # stored documents of which the shortest is embedded again
 _ALTERNATIVE = (
     "take another collection_name, or delete the collection and index its documents again."
@@ -214,7 +216,7 @@ def claim(
 
     There a stored document is embedded again and compared.
     """
-    _check_space(collection)
+    _check_space(collection, embeddings)
     found = CollectionSettings.load(collection.metadata)
     if found is None:
         _check_vectors(collection, embeddings, own)
@@ -235,16 +237,31 @@ def check_model(name: str, found: CollectionSettings, fingerprint: str) -> None:
         raise AnotherModelError(msg)
 
 
-def _check_space(collection: Collection) -> None:
+def _check_space(collection: Collection, embeddings: Embeddings) -> None:
     configuration = collection.configuration_json
     index = configuration.get("hnsw") or configuration.get("spann") or {}
     space = index.get("space", "l2")
     if space != "cosine":
         msg = (
-            f"Collection {collection.name!r} has the space {space!r}, which cannot be changed to "
-            f"'cosine'. {_ALTERNATIVE.capitalize()}"
+            f"Collection {collection.name!r} has the space {space!r}, not 'cosine'. To take its "
+            "vectors over without computing them again, pass the same arguments to adopt of "
+            f"langchain_bge_dense.chroma{_command(collection, embeddings)}. "
+            "Or take another collection_name."
         )
         raise ValueError(msg)
+
+
+def _command(collection: Any, embeddings: Embeddings) -> str:
+    """What to type to adopt a collection that another process can open."""
+    model, place = underlying(embeddings), collection.session.place
+    if not place or not isinstance(model, BGEM3Embeddings):
+        return ""
+    parts = ["python", "-m", "langchain_bge_dense.chroma", "adopt", place]
+    parts += ["--collection", collection.name]
+    for name in ("model", "base_url"):
+        if (value := getattr(model, name)) != BGEM3Embeddings.model_fields[name].default:
+            parts += [f"--{name.replace('_', '-')}", value]
+    return f", or type: {shlex.join(parts)}"
 
 
 def _check_dimension(name: str, stored: int, own: CollectionSettings) -> None:
@@ -278,7 +295,7 @@ def _check_sample(
         raise ValueError(msg)
     text, stored = min(texts, key=lambda pair: len(pair[0]))
     [cosine] = cosines(np.asarray([stored]), np.asarray(embeddings.embed_documents([text])[0]))
-    if not cosine >= _SAME_COSINE:
+    if not cosine >= SAME_COSINE:
         msg = (
             f"Collection {name!r} was filled by another model than "
             f"{fingerprint_of(embeddings)!r}: a stored text embedded again has cosine {cosine:.3f} "

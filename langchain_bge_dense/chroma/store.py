@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from langchain_bge_dense._codes import Kind
+    from langchain_bge_dense.chroma.session import Session
 
 _BATCH = 1_000  # documents embedded and written at once
 _NAME = re.compile(r"(?!.*\.\.)[a-zA-Z0-9][a-zA-Z0-9._-]{1,510}[a-zA-Z0-9]")
@@ -79,7 +80,6 @@ class BGEM3Chroma(Chroma):
     ) -> None:
         embeddings = _checked(embedding_function, collection_name)
         options = {key: value for key, value in chroma_options.items() if value is not None}
-        _check_places(persist_directory=persist_directory, client=client, **options)
         wanted = Wanted.of(lexical, colbert, colbert_pooling)
         wanted.check(embeddings)
         own = CollectionSettings.of(embeddings)
@@ -92,8 +92,8 @@ class BGEM3Chroma(Chroma):
             ),
             "relevance_score_fn": options.get("relevance_score_fn", _relevance),
         }
-        place = {key: options.pop(key) for key in _PLACE if key in options}
-        session = connect(persist_directory, client, place)
+        session = session_at(persist_directory, client, **options)
+        options = {key: value for key, value in options.items() if key not in _PLACE}
         self.passages = Passages(session, collection_name, embeddings, own)
         """The passages of the collection, for the other parts of this package."""
         with session.exclusive():
@@ -392,6 +392,13 @@ def _check_lengths(one: str, ones: Sequence[Any], other: str, others: Sequence[A
             "Pass one for each, in the same order."
         )
         raise ValueError(msg)
+
+
+def session_at(persist_directory: Any = None, client: Any = None, **options: Any) -> Session:
+    """A session at the place that options of `open_chroma` name."""
+    place = {key: options[key] for key in _PLACE if options.get(key) is not None}
+    _check_places(persist_directory=persist_directory, client=client, **place)
+    return connect(persist_directory, client, place)
 
 
 def _check_places(**options: Any) -> None:

@@ -11,10 +11,11 @@ import os
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from langchain_bge_dense._options import add_settings
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 from langchain_bge_dense.serve.app import BODY, QUEUE, TEXTS, create_app
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fastapi import FastAPI
-    from pydantic.fields import FieldInfo
 
 logger = logging.getLogger(__name__)
 
@@ -86,21 +86,8 @@ def _parser() -> argparse.ArgumentParser:
             f"--max-{name}", type=int, default=default, help=f"{counted} [{default}]"
         )
     model = parser.add_argument_group("model", "the settings of BGEM3Embeddings")
-    for name, field in BGEM3Embeddings.model_fields.items():
-        if name not in _NOT_OF_A_SERVER:
-            _add_setting(model, name, field)
+    add_settings(model, without=_NOT_OF_A_SERVER)
     return parser
-
-
-def _add_setting(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
-    how: dict[str, Any] = {}
-    if field.annotation is bool:
-        how["action"] = argparse.BooleanOptionalAction
-    elif get_origin(field.annotation) is Literal:
-        how["choices"] = get_args(field.annotation)
-    words = (field.description or "").partition("\n\n")[0].replace("%", "%%")
-    words += f" [{'none' if field.default in {None, ''} else field.default}]"
-    group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=words, **how)
 
 
 def _is_loopback(host: str) -> bool:

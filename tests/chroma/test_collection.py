@@ -178,7 +178,10 @@ class TestSpaces:
         ],
     )
     def test_of_a_collection(self, embeddings, configuration, space):
-        collection = SimpleNamespace(name="n", configuration_json=configuration, metadata=None)
+        session = SimpleNamespace(place="db")
+        collection = SimpleNamespace(
+            name="n", configuration_json=configuration, metadata=None, session=session
+        )
         with pytest.raises(ValueError, match=f"Collection 'n' has the space '{space}'"):
             claim(collection, embeddings, CollectionSettings.of(embeddings))
 
@@ -219,7 +222,9 @@ class TestPlainCollections:
     @pytest.mark.parametrize("space", ["l2", "ip"])
     def test_another_space(self, embeddings, client, space):
         before = plain(embeddings, client, {"hnsw": {"space": space}})._collection.metadata
-        with pytest.raises(ValueError, match=f"'notes' has the space '{space}'.*Take another"):
+        with pytest.raises(
+            ValueError, match=f"'notes' has the space '{space}'.* to adopt of .*take another"
+        ):
             reopen(embeddings, client)
         assert client.get_collection("notes", embedding_function=None).metadata == before
 
