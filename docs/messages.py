@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: files from the rest of the repository, and the list of error messages."""
+"""The list of all error messages and warnings on the page of troubleshooting, from the code."""
 
 from __future__ import annotations
 
@@ -8,23 +8,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import griffe
-from mkdocs.structure.files import File
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mkdocs.config.defaults import MkDocsConfig
-    from mkdocs.structure.files import Files
-
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "langchain_bge_dense"
-README = "index.md"  # the name of README.md on the site
-SHARED = (
-    *("CHANGELOG.md", "CONTRIBUTING.md", "compose.yaml"),
-    *("benchmarks/README.md", "benchmarks/*.png", "examples/*.py", "examples/*.png"),
-    "examples/*.ipynb",
-)
+PACKAGE = Path(__file__).parents[1] / "langchain_bge_dense"
 MARKER = "<!-- errors -->"
 PARTS = {  # headings, by the beginning of a module's path
     "chroma/": "Chroma",
@@ -37,31 +24,9 @@ PARTS = {  # headings, by the beginning of a module's path
 }
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the README and what the pages link to, under the same paths as in the repository."""
-    files.append(File.generated(config, README, abs_src_path=str(ROOT / "README.md")))
-    for pattern in SHARED:
-        for path in sorted(ROOT.glob(pattern)):
-            name = path.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, name, abs_src_path=str(path)))
-    return files
-
-
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Make links to files of the repository links inside the site."""
-    if page.file.src_uri == README:
-        return re.sub(r"\]\(docs/", "](", markdown)
-    if MARKER in markdown:
-        markdown = markdown.replace(MARKER, error_table())
-    return re.sub(r"\]\(\.\./(?=benchmarks/|examples/|[A-Z]+\.md)", "](", markdown)
-
-
-class Examples(griffe.Extension):
-    """Show the example of a docstring as code."""
-
-    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring:
-            obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the list in the place of its marker."""
+    return markdown.replace(MARKER, tables()) if MARKER in markdown else markdown
 
 
 class Message(NamedTuple):
@@ -117,15 +82,15 @@ def text_of(node: ast.AST) -> str:
     return "…"
 
 
-def error_table() -> str:
+def tables() -> str:
     """Write the messages as tables, one for each part of the package."""
-    tables: dict[str, list[str]] = {part: [] for part in PARTS.values()}
+    rows: dict[str, list[str]] = {part: [] for part in PARTS.values()}
     for text, kind, module in messages():
         part = next(part for start, part in PARTS.items() if module.startswith(start))
-        tables[part].append(f"| {cell(text)} | `{kind}` |")
+        rows[part].append(f"| {cell(text)} | `{kind}` |")
     return "\n\n".join(
-        f"### {part}\n\n| message | raised as |\n|---|---|\n" + "\n".join(dict.fromkeys(rows))
-        for part, rows in tables.items()
+        f"### {part}\n\n| message | raised as |\n|---|---|\n" + "\n".join(dict.fromkeys(lines))
+        for part, lines in rows.items()
     )
 
 
