@@ -16,12 +16,12 @@ MARKER = "<!-- errors -->"
 PARTS = {  # headings, by the beginning of a module's path
     "chroma/": "Chroma",
     "serve/": "The server",
-    "_engine/client.py": "Asking a server",
-    "_engine/wire.py": "Asking a server",
-    "_engine/": "Model, checkpoint and texts",
-    "embeddings.py": "Model, checkpoint and texts",
-    "": "Retriever, reranker, matches, other stores, Ray",
+    "_engine/client": "Asking a server",
+    "_engine/wire": "Asking a server",
+    "": "Model, texts and search",
 }
+
+SAYING = {"warn_caller": "warning", "error": "command line", "exit": "command line"}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -48,17 +48,17 @@ def messages() -> list[Message]:
 
 
 def messages_of(module: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield each `msg = ...` with the name of what is called with it next."""
-    nodes = [node for node in ast.walk(module) if hasattr(node, "lineno")]
-    uses = sorted((n.lineno, n) for n in nodes if isinstance(n, ast.Call) and takes_message(n))
+    """Yield each `msg = ...` with the kind of the call that takes it, and texts in such a call."""
+    nodes = list(ast.walk(module))
+    calls = sorted((n for n in nodes if isinstance(n, ast.Call)), key=lambda n: n.lineno)
+    takers = [call for call in calls if any(map(is_message, call.args))]
     for node in nodes:
         if isinstance(node, ast.Assign) and is_message(node.targets[0]):
-            call = next(call for line, call in uses if line > node.lineno)
-            yield text_of(node.value), kind_of(call)
-
-
-def takes_message(call: ast.Call) -> bool:
-    return any(is_message(argument) for argument in call.args)
+            taker = next(call for call in takers if call.lineno > node.lineno)
+            yield text_of(node.value), kind_of(taker)
+    for call in calls:
+        if kind_of(call) and call.args and isinstance(call.args[-1], (ast.Constant, ast.JoinedStr)):
+            yield text_of(call.args[-1]), kind_of(call)
 
 
 def is_message(node: ast.AST) -> bool:
@@ -66,9 +66,9 @@ def is_message(node: ast.AST) -> bool:
 
 
 def kind_of(call: ast.Call) -> str:
-    """Name the class, or "warning" where the message is not raised."""
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else call.func.id  # type: ignore[attr-defined]
-    return "warning" if name.startswith("warn") else name
+    """Name the class of an error, or what else says a message; empty for other calls."""
+    name = ast.unparse(call.func).rpartition(".")[2]
+    return name if name.endswith("Error") else SAYING.get(name, "")
 
 
 def text_of(node: ast.AST) -> str:
