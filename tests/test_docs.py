@@ -57,18 +57,19 @@ def model(small_checkpoint: Path) -> Iterator[BGEM3Embeddings]:
 
 
 @pytest.fixture
-def clone(tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def clone(tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The clone of a reader, who has built the small model in it."""
     (tmp_path / "small-model").symlink_to(small_checkpoint)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.usefixtures("clone")
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if SNIPPET.search(text(p)) and p != MOVING], ids=name
 )
-def test_snippets_print_what_the_page_says(page: Path, model: BGEM3Embeddings) -> None:
+def test_snippets_print_what_the_page_says(page: Path, clone: Path, model: BGEM3Embeddings) -> None:
     server = served(model) if URL in text(page) else contextlib.nullcontext(URL)
     names: dict[str, Any] = {}
     with server as url:
@@ -80,6 +81,8 @@ def test_snippets_print_what_the_page_says(page: Path, model: BGEM3Embeddings) -
             value.close()
         if isinstance(value, OllamaEmbeddings):
             value._client._client.close()
+    written = {path.name for path in clone.iterdir()} - {"examples"}
+    assert written <= {line.strip("/") for line in text(ROOT / ".gitignore").splitlines()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

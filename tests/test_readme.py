@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
@@ -13,9 +12,3 @@ def test_the_first_example_and_its_output_come_before_line_25() -> None:
     assert lines.index("```text") < 25
     assert len(lines) <= 110
     assert [line for line in lines if len(line) > 100] == []
-
-
-def test_what_the_snippets_and_quickstart_write_is_not_committed() -> None:
-    folders = {"db", *re.findall(r'persist_directory="(.+?)"', README.read_text(encoding="utf-8"))}
-    ignored = README.with_name(".gitignore").read_text("utf-8").splitlines()
-    assert {f"/{folder}/" for folder in folders} <= {*ignored}
