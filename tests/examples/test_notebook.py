@@ -23,6 +23,7 @@ def printed(notebook: nbformat.NotebookNode) -> list[str]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Proactor event loop:RuntimeWarning")  # of zmq on Windows
 @pytest.mark.usefixtures("small_checkpoint")  # built once, in the cache in which `build` looks
 def test_the_notebook_prints_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
