@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_CONSTRAINT PIP_TARGET PIP_PREFIX 
 export PYTHONNOUSERSITE := 1
 export QUERY
 
-.PHONY: help demo test soak lint type format mutants constraints test-lowest test-newest clean
+.PHONY: help demo test docs soak lint type format mutants constraints test-lowest test-newest clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -25,6 +25,10 @@ demo: $(VENV)/.demo ## search the handbook in examples/documents; QUERY="..." as
 
 test: $(VENV)/.dev ## run the tests; ARGS="..." goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+docs: $(VENV)/.docs ## build the site, without a network, into .cache/site; every link is checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open .cache/site/index.html."
 
 soak: $(VENV)/.dev ## try what can go wrong, and say what was lost
 	PYTHONPATH=tests $(BIN)/python -m pytest -p faults -m "" $(ARGS)
@@ -79,10 +83,11 @@ $(NEWEST)/torch.txt: constraints.txt | $(NEWEST)/.made
 
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev: EXTRAS := dev,test
+$(VENV)/.docs: EXTRAS := docs
 $(LOWEST)/.lowest: EXTRAS := test
-$(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.made
 $(LOWEST)/.lowest: pyproject.toml constraints-lowest.txt | $(LOWEST)/.made
-$(VENV)/.demo $(VENV)/.dev $(LOWEST)/.lowest:
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(LOWEST)/.lowest:
 	@echo "Installing .[$(EXTRAS)] into $(@D); the first time takes minutes, most of it PyTorch."
 	$(@D)/bin/python $(INSTALL) --constraint $(word 2,$^) --editable ".[$(EXTRAS)]"
 	@touch $@

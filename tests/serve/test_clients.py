@@ -212,7 +212,7 @@ def test_langchain_huggingface(url: str, tiny: BGEM3Embeddings) -> None:
 
 
 def test_the_line_for_users_of_ollama(url: str, tiny: BGEM3Embeddings) -> None:
-    [code] = re.findall(r"change one URL: `(.+?)`", PAGE)
+    [code] = re.findall(r"^ollama = (.+)$", PAGE, re.MULTILINE)
     embeddings = made(code.replace(")", ", validate_model_on_init=True)"), url)
     assert langchain_ollama_vectors(embeddings) == tiny.embed_documents(TEXTS)
 
