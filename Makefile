@@ -27,7 +27,7 @@ test: $(VENV)/.dev ## run the tests; ARGS="..." goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 docs: $(VENV)/.docs ## build the site, without a network, into .cache/site; every link is checked
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Open .cache/site/index.html."
 
 soak: $(VENV)/.dev ## try what can go wrong, and say what was lost

@@ -36,7 +36,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Make links to files of the repository links inside the site."""
     if page.file.src_uri == README:
         return re.sub(r"\]\(docs/", "](", markdown)
-    return re.sub(r"\]\(\.\./(?=benchmarks/|examples/|[A-Z]+\.md)", "](", markdown)
+    return re.sub(r"\]\(\.\./(?=benchmarks/|examples/|compose\.yaml|[A-Z]+\.md)", "](", markdown)
 
 
 class Examples(griffe.Extension):
