@@ -65,7 +65,7 @@ class Passages:
 
     def _follow(self, found: Collection) -> None:
         """Let settings, signals and index be those of the collection that was opened."""
-        settings = claim(found, self.embeddings, self._own)
+        settings = claim(found, self.embeddings, self._own, self.session.place)
         if settings.uid != self._uid:
             self.signals = Signals.of(self.session, settings.uid)
             self.index = LexicalIndex(self.signals)

@@ -210,13 +210,13 @@ def add_metadata(collection: Collection, metadata: Mapping[str, Any]) -> None:
 
 
 def claim(
-    collection: Collection, embeddings: Embeddings, own: CollectionSettings
+    collection: Collection, embeddings: Embeddings, own: CollectionSettings, place: str
 ) -> CollectionSettings:
     """Check that the embeddings fit a collection, and write settings to one that has none.
 
-    There a stored document is embedded again and compared.
+    There a stored document is embedded again and compared. `place` is the session's.
     """
-    _check_space(collection, embeddings)
+    _check_space(collection, embeddings, place)
     found = CollectionSettings.load(collection.metadata)
     if found is None:
         _check_vectors(collection, embeddings, own)
@@ -237,7 +237,7 @@ def check_model(name: str, found: CollectionSettings, fingerprint: str) -> None:
         raise AnotherModelError(msg)
 
 
-def _check_space(collection: Collection, embeddings: Embeddings) -> None:
+def _check_space(collection: Collection, embeddings: Embeddings, place: str) -> None:
     configuration = collection.configuration_json
     index = configuration.get("hnsw") or configuration.get("spann") or {}
     space = index.get("space", "l2")
@@ -245,22 +245,22 @@ def _check_space(collection: Collection, embeddings: Embeddings) -> None:
         msg = (
             f"Collection {collection.name!r} has the space {space!r}, not 'cosine'. To take its "
             "vectors over without computing them again, pass the same arguments to adopt of "
-            f"langchain_bge_dense.chroma{_command(collection, embeddings)}. "
+            f"langchain_bge_dense.chroma{_command(collection.name, embeddings, place)}. "
             "Or take another collection_name."
         )
         raise ValueError(msg)
 
 
-def _command(collection: Any, embeddings: Embeddings) -> str:
+def _command(name: str, embeddings: Embeddings, place: str) -> str:
     """What to type to adopt a collection that another process can open."""
-    model, place = underlying(embeddings), collection.session.place
+    model = underlying(embeddings)
     if not place or not isinstance(model, BGEM3Embeddings):
         return ""
     parts = ["python", "-m", "langchain_bge_dense.chroma", "adopt", place]
-    parts += ["--collection", collection.name]
-    for name in ("model", "base_url"):
-        if (value := getattr(model, name)) != BGEM3Embeddings.model_fields[name].default:
-            parts += [f"--{name.replace('_', '-')}", value]
+    parts += ["--collection", name]
+    for field in ("model", "base_url"):
+        if (value := getattr(model, field)) != BGEM3Embeddings.model_fields[field].default:
+            parts += [f"--{field.replace('_', '-')}", value]
     return f", or type: {shlex.join(parts)}"
 
 

@@ -183,7 +183,7 @@ class TestSpaces:
             name="n", configuration_json=configuration, metadata=None, session=session
         )
         with pytest.raises(ValueError, match=f"Collection 'n' has the space '{space}'"):
-            claim(collection, embeddings, CollectionSettings.of(embeddings))
+            claim(collection, embeddings, CollectionSettings.of(embeddings), "")
 
 
 class TestLocalClient:
