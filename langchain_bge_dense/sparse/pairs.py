@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from langchain_bge_dense._engine.calls import checked_texts
 
@@ -80,6 +80,4 @@ def lexical(
     """Compute lexical weights, and leave the dense vectors of the same pass to the dense side."""
     session, pairs = embeddings.session(), embeddings.pair(Pairs)
     options = session.queries if query else session.documents
-    found: Any = pairs.encode(embeddings.engine(), texts, options, "lexical").lexical
-    weights: list[dict[int, float]] = found
-    return weights
+    return pairs.encode(embeddings.engine(), texts, options, "lexical").lexical or []
