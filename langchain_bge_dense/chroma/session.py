@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 COPY = ".compact"
-"""End of the name of the copy that compaction writes."""
+"""End of the name of the copy that compaction or adoption writes."""
 COMPLETE = "complete_copy"
 """Key in its metadata: whether it holds all."""
 _LONGEST_NAME = 512
