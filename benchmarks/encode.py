@@ -158,7 +158,7 @@ def matrix_peak(device: str) -> tuple[str, float]:
     """The dtype that is fastest here, and the largest rate of its matrix product, in FLOP/s."""
     import torch
 
-    from langchain_bge_dense._engine.loading import cpu_has_bf16
+    from langchain_bge_dense._engine.linear import cpu_has_bf16
 
     # Without bfloat16 in hardware its products are emulated, and take minutes.
     dtype = torch.bfloat16 if device != "cpu" or cpu_has_bf16() else torch.float32

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from langchain_bge_dense import BGEM3Embeddings
-from langchain_bge_dense._engine.loading import cpu_has_bf16
+from langchain_bge_dense._engine.linear import cpu_has_bf16
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from torch import nn
 
-from langchain_bge_dense._engine.linear import AMX, LinearFactory
+from langchain_bge_dense._engine.linear import ATTENTION_BY_PRODUCTS, LinearFactory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,8 +29,7 @@ MODEL_TYPES = ("bert", "camembert", "roberta", "xlm-roberta")  # BERT's layers u
 # Texts up to so many tokens together attend in one call, with a mask (benchmarks/README.md).
 _RUN_TOKENS = {"cpu": 64, "mps": 512, "cuda": 512}
 
-# PyTorch's flash attention makes use of AMX, but not of AVX-512's bfloat16 products: without AMX,
-# texts from so many tokens on are faster by plain ones (benchmarks/README.md).
+# Texts from so many tokens on are faster by products, where these are (benchmarks/README.md).
 _PRODUCT_TOKENS = 256
 _PRODUCT_QUERIES = 256  # at a time
 _PRODUCT_SCORES = 2**21  # about what stays in the cache
@@ -193,7 +192,7 @@ def attention_over(lengths: Sequence[int], device: torch.device, dtype: torch.dt
     runs = _runs(lengths, _RUN_TOKENS.get(device.type, _RUN_TOKENS["cuda"]))
     masks = [_block_mask(run, device, dtype) for run in runs]
     totals = [sum(run) for run in runs]
-    by_products = device.type == "cpu" and dtype == torch.bfloat16 and not AMX
+    by_products = ATTENTION_BY_PRODUCTS and device.type == "cpu" and dtype == torch.bfloat16
 
     def run_by_run(qkv: Tensor, heads: int) -> Tensor:
         parts = torch.split(qkv.view(len(qkv), 3, heads, -1).permute(1, 2, 0, 3), totals, 2)

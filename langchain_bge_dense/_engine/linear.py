@@ -25,12 +25,28 @@ logger = logging.getLogger(__name__)
 
 AMX = torch.cpu._is_amx_tile_supported()  # noqa: SLF001
 
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware, and PyTorch makes use of it.
+
+    Without, PyTorch emulates bfloat16, slower than float32.
+    """
+    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch, which knows no Arm
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, check, bool)() for check in checks)
+    units = map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(units) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+# PyTorch's flash attention makes use of AMX, but not of other bfloat16 products: without AMX long
+# texts attend by products (layers.py).
+ATTENTION_BY_PRODUCTS = cpu_has_bf16() and not AMX
+
 # A product is compiled for each number of rows, and oneDNN and PyTorch keep up to 1,024 of them:
 # about 5 MiB a size of batch (`test_memory_of_many_sizes` prints it). Both read their limit at
-# their first product. A batch needs six, and up to eighteen with attention by products (layers.py).
-_BY_PRODUCTS = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() and not AMX
+# their first product. A batch needs six, and up to eighteen with attention by products.
 for _limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_limit, "24" if _BY_PRODUCTS else "8")
+    os.environ.setdefault(_limit, "24" if ATTENTION_BY_PRODUCTS else "8")
 
 _TOKEN_PEAK = 126  # bfloat16 may round a code of 127 up to 128, which int8 takes for -128
 _SMALLEST_PEAK = 1e-30  # of a row of zeros, which divides nothing

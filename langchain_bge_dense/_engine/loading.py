@@ -23,7 +23,7 @@ from langchain_bge_dense._engine.encoder import Encoder, Heads
 from langchain_bge_dense._engine.files import Parsing, shapes, tensors_of, weight_files
 from langchain_bge_dense._engine.flag import flag_model_class
 from langchain_bge_dense._engine.layers import MODEL_TYPES, PackedEncoder, PaddedEncoder
-from langchain_bge_dense._engine.linear import LinearFactory
+from langchain_bge_dense._engine.linear import LinearFactory, cpu_has_bf16
 from langchain_bge_dense._engine.locks import forkable_lock
 
 if TYPE_CHECKING:
@@ -79,18 +79,6 @@ def resolve(device: str, dtype: str) -> tuple[str, str]:
     if dtype == "auto":
         dtype = "float16" if kind != "cpu" else "bfloat16" if cpu_has_bf16() else "float32"
     return ("cpu" if kind == "cpu" else device), dtype
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware, and PyTorch makes use of it.
-
-    Without, PyTorch emulates bfloat16, slower than float32.
-    """
-    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch, which knows no Arm
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, check, bool)() for check in checks)
-    units = map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16"))
-    return any(units) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def load_encoder(checkpoint: Checkpoint, device: str, dtype: str) -> Encoder:

@@ -395,22 +395,12 @@ def test_ten_thousand_passages_in_constant_memory(tmp_path):
 
 
 KILLED = """
-import os, signal, sys
-from chromadb.api.models.Collection import Collection
-from chromadb.api.client import Client
+import sys
+from killing import kill_at
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense.chroma import adopt
 
-def dying(cls, name, at):
-    method, calls = getattr(cls, name), []
-    def call(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(*args, **kwargs)
-    setattr(cls, name, call)
-
-dying({"Collection": Collection, "Client": Client}[sys.argv[3]], sys.argv[4], int(sys.argv[5]))
+kill_at(*sys.argv[3:])
 embeddings = BGEM3Embeddings(model=sys.argv[2], device="cpu", dtype="float32")
 adopt(embeddings, persist_directory=sys.argv[1], lexical=True)
 """

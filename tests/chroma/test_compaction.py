@@ -174,23 +174,13 @@ def test_documents_without_metadata_and_an_empty_store(tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import sys
 from hashed_embeddings import HashedEmbeddings
-from chromadb.api.models.Collection import Collection
-from chromadb.api.client import Client
+from killing import kill_at
 from langchain_bge_dense.chroma import compact, open_chroma
 
-def dying(cls, name, at):
-    method, calls = getattr(cls, name), []
-    def call(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(*args, **kwargs)
-    setattr(cls, name, call)
-
 store = open_chroma(HashedEmbeddings(), "notes", persist_directory=sys.argv[1])
-dying({"Collection": Collection, "Client": Client}[sys.argv[2]], sys.argv[3], int(sys.argv[4]))
+kill_at(*sys.argv[2:])
 compact(store)
 """
 

@@ -257,6 +257,6 @@ def test_long_texts_attend_by_bfloat16_products_as_by_flash_attention(
     parts[:, 1] += key_offset
     states = parts.reshape(length, 96).to(torch.bfloat16)
     exact = attention_over([length], CPU, torch.float32)(states.float(), 4)
-    monkeypatch.setattr(layers, "AMX", False)
+    monkeypatch.setattr(layers, "ATTENTION_BY_PRODUCTS", True)
     found = attention_over([length], CPU, torch.bfloat16)(states, 4).float()
     assert (found - exact).norm() < 0.004 * exact.norm()

@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 
 from langchain_bge_dense._engine import linear, loading
 from langchain_bge_dense._engine.checkpoint import read_checkpoint
-from langchain_bge_dense._engine.linear import LinearFactory, PackedLinear, PlainInt8Linear
-from langchain_bge_dense._engine.loading import cpu_has_bf16
+from langchain_bge_dense._engine.linear import (
+    LinearFactory,
+    PackedLinear,
+    PlainInt8Linear,
+    cpu_has_bf16,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -24,7 +24,8 @@ from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense._engine import loading
 from langchain_bge_dense._engine.checkpoint import Checkpoint, read_checkpoint
 from langchain_bge_dense._engine.layers import PackedEncoder, PaddedEncoder
-from langchain_bge_dense._engine.loading import cpu_has_bf16, resolve
+from langchain_bge_dense._engine.linear import cpu_has_bf16
+from langchain_bge_dense._engine.loading import resolve
 
 DTYPES = ["float32", "bfloat16", "float16", "int8"]  # the last one for packed types alone
 
