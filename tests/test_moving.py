@@ -98,10 +98,11 @@ def test_before_and_after_are_equal(title: str, run: Any) -> None:
                 assert_equal(one, other)
 
 
-def test_the_collection_and_its_scores(run: Any) -> None:
+def test_the_collection_and_its_scores(run: Any, tmp_path: Path) -> None:
     """A distance is half of the one in l2; the relevance is the cosine."""
     embeddings = run(SNIPPETS["HuggingFaceEmbeddings"][0])["embeddings"]
-    plain = Chroma("notes", embeddings, persist_directory="db")
+    # Chroma takes a relative path for the folder of this name that it has opened before.
+    plain = Chroma("notes", embeddings, persist_directory=str(tmp_path / "db"))
     plain.add_texts(TEXTS)
     query = "a dense vector"
     halved = {d.page_content: s / 2 for d, s in plain.similarity_search_with_score(query)}

@@ -351,6 +351,8 @@ def folder_of(path: str | os.PathLike[str]) -> Folder:
         if real not in _folders:
             if any(folder.path == path for folder in _folders.values()):
                 path = real  # a relative path, after a change of directory
+            running = (at for at in _systems() if Path(at).is_absolute())
+            path = next((at for at in running if os.path.realpath(at) == real), path)
             _folders[real] = Folder(real, path)
         return _folders[real]
 

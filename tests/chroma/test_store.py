@@ -77,6 +77,16 @@ def test_a_relative_path_follows_the_working_directory(embeddings, tmp_path, mon
         assert (tmp_path / name / "here" / "chroma.sqlite3").exists()
 
 
+def test_a_plain_client_that_runs_is_shared_however_it_is_spelled(embeddings, tmp_path):
+    plain = chromadb.PersistentClient(f"{tmp_path}/other/../db")
+    store = open_chroma(embeddings, "notes", persist_directory=tmp_path / "db")
+    for start in range(0, 2_000, 500):  # two Chromas on one folder lose their index here
+        index_documents(store, passages(start + 500, start))
+        assert plain.get_collection("notes", embedding_function=None).count() == start + 500
+    found = plain.get_collection("notes", embedding_function=None).get(include=["embeddings"])
+    assert len(found["embeddings"]) == 2_000
+
+
 def test_plain_clients_share_the_folder(embeddings, tmp_path):
     before = chromadb.PersistentClient(str(tmp_path), Settings(anonymized_telemetry=True))
     index_documents(open_chroma(embeddings, "notes", persist_directory=tmp_path), passages(3))
