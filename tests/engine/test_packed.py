@@ -336,13 +336,16 @@ def test_killed_before_its_file_is_whole(folder: Path, cache: Path, checked: lis
     assert len(checked) == 1
 
 
-def test_the_last_used_files_stay(tiny_checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_last_used_files_stay(
+    tiny_checkpoint: Path, cache: Path, checked: list[str], tmp_path: Path
+) -> None:
     names = [f"model{number}" for number in range(4)]
     for name in names:
         encode(shutil.copytree(tiny_checkpoint, tmp_path / name))
         encode(tmp_path / names[0])
         time.sleep(0.01)  # of the file system's clock
     assert {file.name.partition("-")[0] for file in kept(cache)} == {"model0", "model2", "model3"}
+    assert checked == names
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
