@@ -6,6 +6,7 @@ The random one (`tiny_checkpoint`) is for whether numbers are right, the small r
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from langchain_bge_dense import BGEM3Embeddings
 
 _SMALL_FOLDER = default_folder()
+
+# Loads go through BGEM3FlagModel, and none leaves a file in the user's cache.
+os.environ["LANGCHAIN_BGE_DENSE_CACHE"] = "0"
 
 settings.register_profile("tests", deadline=None)  # the machine may be busy
 settings.load_profile("tests")

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,13 +32,35 @@ _OVERFLOW = (
 )
 
 
+class TextTokenizer(NamedTuple):
+    """What is used of a tokenizer of transformers.
+
+    Attributes:
+        backend: A `tokenizers.Tokenizer`, whose settings nobody changes any more.
+        unweighted: Ids of tokens that have no lexical weight.
+        cuts_left: Whether a long text loses its beginning.
+    """
+
+    backend: Any
+    unweighted: list[int]
+    cuts_left: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> TextTokenizer:
+        """Take it from a fast tokenizer."""
+        names = ("cls_token", "eos_token", "pad_token", "unk_token")
+        tokens = [tokenizer.special_tokens_map.get(name) for name in names]
+        ids = tokenizer.convert_tokens_to_ids([token for token in tokens if token is not None])
+        return cls(tokenizer.backend_tokenizer, ids, tokenizer.truncation_side == "left")
+
+
 class Encoder:
     """A loaded model, run batch by batch.
 
     `forward` is for one thread at a time, everything else for any thread.
 
     Args:
-        tokenizer: A fast tokenizer of transformers, whose settings nobody changes any more.
+        tokenizer: Texts to token ids.
         layers: Token ids of B texts to their states, `(S, D)` float32.
         heads: States to outputs.
         batch_tokens: Tokens per forward pass that suit the device.
@@ -50,7 +72,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: TextTokenizer,
         layers: nn.Module,
         heads: Heads,
         *,
@@ -58,11 +80,10 @@ class Encoder:
     ) -> None:
         self.batch_tokens = batch_tokens
         self.reference: Callable[[], Encoder] | None = None
-        self.unweighted = _unweighted(tokenizer)
-        self._tokenizer = tokenizer
+        self.unweighted = np.array(tokenizer.unweighted, dtype=np.int32)
         self._layers = layers
         self._heads = heads
-        self._backend = backend = tokenizer.backend_tokenizer
+        self._backend = backend = tokenizer.backend
         # Settings that never change again make the tokenizer safe to call from several threads.
         backend.no_truncation()
         backend.no_padding()
@@ -70,7 +91,7 @@ class Encoder:
         probe = backend.encode("a").special_tokens_mask
         content = [index for index, special in enumerate(probe) if not special]
         self._prefix, self._suffix = min(content), len(probe) - 1 - max(content)
-        self._cuts_left = tokenizer.truncation_side == "left"
+        self._cuts_left = tokenizer.cuts_left
 
     def count(self, text: str) -> int:
         """Number of tokens of a text, special tokens left out."""
@@ -83,9 +104,9 @@ class Encoder:
         """
         strings: dict[str, float] = {}
         for token, weight in sorted(weights.items(), key=lambda item: -item[1]):
-            string = self._tokenizer.decode([token])
+            string = self._backend.decode([token], skip_special_tokens=False)
             if string in strings:
-                string = self._tokenizer.convert_ids_to_tokens(token)
+                string = self._backend.id_to_token(token)
             strings[string] = weight
         return strings
 
@@ -242,13 +263,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _is_finite(row: TextOutputs) -> bool:
     return all(bool(np.isfinite(output).all()) for output in row if output is not None)
-
-
-def _unweighted(tokenizer: Any) -> NDArray[np.int32]:
-    names = ("cls_token", "eos_token", "pad_token", "unk_token")
-    tokens = [tokenizer.special_tokens_map.get(name) for name in names]
-    ids = tokenizer.convert_tokens_to_ids([token for token in tokens if token is not None])
-    return np.array(ids, dtype=np.int32)
 
 
 _TOKENIZER_THREADS = 64  # at a time

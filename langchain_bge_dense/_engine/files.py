@@ -117,13 +117,14 @@ def check_container(file: Path) -> None:
     with file.open("rb") as stream, Parsing(file):  # safetensors would not name an unreadable file
         if file.suffix == ".safetensors":
             safe_open(file, framework="np")
-        elif not _is_old(file):
+        elif is_mappable(file):
             zipfile.ZipFile(stream)
 
 
-def _is_old(file: Path) -> bool:
+def is_mappable(file: Path) -> bool:
+    """Whether a file of tensors is laid out so that it can be mapped, as all since PyTorch 1.6."""
     with file.open("rb") as stream:
-        return stream.read(len(_BEFORE_PYTORCH_1_6)) == _BEFORE_PYTORCH_1_6
+        return stream.read(len(_BEFORE_PYTORCH_1_6)) != _BEFORE_PYTORCH_1_6
 
 
 def shapes(file: Path) -> Shapes:
@@ -135,14 +136,14 @@ def shapes(file: Path) -> Shapes:
 
 
 def tensors_of(file: Path, device: str = "cpu") -> dict[str, Any]:
-    """Read the tensors in a file; runs no code of it."""
+    """Read the tensors in a file, views of it where it is mappable; runs no code of it."""
     import torch
     from safetensors.torch import load_file
 
     with Parsing(file):
         if file.suffix == ".safetensors":
             return load_file(file, device)
-        mapped = device == "meta" and not _is_old(file)
+        mapped = is_mappable(file)
         try:
             tensors: Any = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
@@ -164,11 +165,12 @@ def digest_of(folder: Path, files: Iterable[Path], settings: str) -> str:
         if file.exists():
             size = file.stat().st_size
             digest.update(f"{file.relative_to(folder).as_posix()}:{size};".encode())
-            _update_digest(digest, file, size)
+            update_digest(digest, file, size)
     return digest.hexdigest()[:12]
 
 
-def _update_digest(digest: Any, file: Path, size: int) -> None:
+def update_digest(digest: Any, file: Path, size: int) -> None:
+    """Hash a small file whole, and a large one in blocks."""
     with file.open("rb") as stream:
         if size <= 2 * _BLOCK_BYTES * _DIGEST_BLOCKS:
             digest.update(stream.read())

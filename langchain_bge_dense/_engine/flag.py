@@ -49,7 +49,7 @@ def _class_of_package() -> type[BGEM3FlagModel]:
     try:
         from FlagEmbedding import BGEM3FlagModel
     except ImportError as error:
-        installed = [f"{name} {_version(name)}" for name in (_PACKAGE, "transformers")]
+        installed = [f"{name} {installed_version(name)}" for name in (_PACKAGE, "transformers")]
         msg = (
             f"{' and '.join(installed)} do not work together: {error}. Install the versions that "
             "constraints.txt of langchain-bge-dense pins."
@@ -58,7 +58,8 @@ def _class_of_package() -> type[BGEM3FlagModel]:
     return cast("type[BGEM3FlagModel]", BGEM3FlagModel)
 
 
-def _version(name: str) -> str:
+def installed_version(name: str) -> str:
+    """Version of a distribution, or that there is none."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -7,7 +7,7 @@ Linear layers see no texts at all; only attention looks at their lengths.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from langchain_bge_dense._engine.linear import Linear
+
     Attention = Callable[[Tensor, int], Tensor]
+    Weights = Callable[[str], dict[str, Tensor]]  # of a part, by transformers' names
+    Part = dict[str, Any]  # tensors, and what `LinearFactory.convert` gives
+    Parts = Callable[[str], Part]  # by our names, in the form that layers are made of
 
 MODEL_TYPES = ("bert", "camembert", "roberta", "xlm-roberta")  # BERT's layers under BERT's names
 
@@ -35,38 +40,48 @@ _PRODUCT_QUERIES = 256  # at a time
 _PRODUCT_SCORES = 2**21  # about what stays in the cache
 
 
+class Shape(NamedTuple):
+    """Numbers of an encoder that no tensor tells."""
+
+    layers: int
+    heads: int
+    epsilon: float
+    padding: int | None
+    """RoBERTa counts positions from its id on, and past padding that a text spells out."""
+
+    @classmethod
+    def of(cls, encoder: Any) -> Shape:
+        """The numbers of a transformers encoder."""
+        config = encoder.config
+        return cls(
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.layer_norm_eps,
+            getattr(encoder.embeddings, "padding_idx", None),
+        )
+
+    def parts(self) -> list[str]:
+        """Names of the parts that an encoder is made of, one after the other."""
+        return ["embeddings", *(f"encoder.layer.{index}" for index in range(self.layers))]
+
+
 class PackedEncoder(nn.Module):
     """A transformers encoder of a type in `MODEL_TYPES`, rebuilt from its weights.
 
     Args:
-        encoder: The encoder, in float32.
-        dtype: What products are computed in: `"float32"`, `"bfloat16"`, `"float16"` or `"int8"`.
-        state_dtype: Of what goes into products; sums of states are float32 all the same.
-        device: Where it runs.
-        release: Let go of each weight of `encoder` once it is packed, which ends its use.
+        shape: Its numbers.
+        parts: Gives the weights of a part as `converted` does. What it gives of the embeddings is
+            kept, and all else copied.
+        linear: Makes its linear layers, of which it has device and dtypes.
     """
 
-    def __init__(
-        self,
-        encoder: Any,
-        dtype: str,
-        state_dtype: torch.dtype,
-        device: torch.device,
-        *,
-        release: bool,
-    ) -> None:
+    def __init__(self, shape: Shape, parts: Parts, linear: LinearFactory) -> None:
         super().__init__()
-        linear = LinearFactory(dtype, device, state_dtype)
-        self._heads = encoder.config.num_attention_heads
-        self._state_dtype = state_dtype
-        self.embeddings = _Embeddings(encoder.embeddings, state_dtype, device)
-        if release:
-            encoder.embeddings = None
-        self.layers = nn.ModuleList()
-        for index, layer in enumerate(encoder.encoder.layer):
-            self.layers.append(_Layer(layer, linear, device))
-            if release:
-                encoder.encoder.layer[index] = nn.Identity()
+        self._heads = shape.heads
+        self._state_dtype = linear.state_dtype
+        embeddings, *layers = shape.parts()
+        self.embeddings = _Embeddings(parts(embeddings), shape)
+        self.layers = nn.ModuleList(_Layer(parts(name), shape.epsilon, linear) for name in layers)
 
     @staticmethod
     def supports(config: Any) -> bool:
@@ -94,22 +109,67 @@ class PackedEncoder(nn.Module):
         return states
 
 
+def module_weights(encoder: nn.Module) -> Weights:
+    """The parameters of a transformers encoder."""
+    return lambda part: {
+        name: weight.detach() for name, weight in encoder.get_submodule(part).named_parameters()
+    }
+
+
+def converted(weights: Weights, linear: LinearFactory) -> Parts:
+    """Parts of a transformers encoder in the form that layers are made of, and a file keeps."""
+
+    def part(name: str) -> Part:
+        found = weights(name)
+        if name == "embeddings":
+            return _convert_embeddings(found, linear)
+        return _convert_layer(found, linear)
+
+    return part
+
+
+def _convert_embeddings(weights: dict[str, Tensor], linear: LinearFactory) -> Part:
+    words, positions, types = (
+        weights[f"{table}_embeddings.weight"] for table in ("word", "position", "token_type")
+    )
+    return {
+        "words": words.to(linear.device, linear.state_dtype, copy=True),  # (V, D)
+        "positions": (positions + types[0]).to(linear.device),  # (P, D): there is one type
+        **_convert_norm("norm", weights, "LayerNorm", linear.device),
+    }
+
+
+def _convert_layer(weights: dict[str, Tensor], linear: LinearFactory) -> Part:
+    qkv = [f"attention.self.{part}" for part in ("query", "key", "value")]
+    names = {"output": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense"}
+    part: Part = {
+        "qkv.weight": linear.convert(torch.cat([weights[f"{name}.weight"] for name in qkv])),
+        "qkv.bias": torch.cat([weights[f"{name}.bias"] for name in qkv]),
+    }
+    for own, name in names.items():
+        part[f"{own}.weight"] = linear.convert(weights[f"{name}.weight"])
+        part[f"{own}.bias"] = weights[f"{name}.bias"]
+    return {
+        **part,
+        **_convert_norm("output_norm", weights, "attention.output.LayerNorm", linear.device),
+        **_convert_norm("down_norm", weights, "output.LayerNorm", linear.device),
+    }
+
+
+def _convert_norm(own: str, weights: dict[str, Tensor], name: str, device: torch.device) -> Part:
+    return {
+        f"{own}.{part}": weights[f"{name}.{part}"].to(device, torch.float32)
+        for part in ("weight", "bias")
+    }
+
+
 class _Embeddings(nn.Module):
-    def __init__(self, embeddings: Any, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, part: Part, shape: Shape) -> None:
         super().__init__()
-        words, positions, types = (
-            table.weight.detach()
-            for table in (
-                embeddings.word_embeddings,
-                embeddings.position_embeddings,
-                embeddings.token_type_embeddings,
-            )
-        )
-        self._words = words.to(device, dtype, copy=True)  # (V, D)
-        self._positions = (positions + types[0]).to(device)  # (P, D): there is one type
-        self._norm = _norm(embeddings.LayerNorm, device)
-        # RoBERTa counts from the padding's id on, and past padding that a text spells out.
-        self._padding = getattr(embeddings, "padding_idx", None)
+        self._words = part["words"]  # (V, D)
+        self._positions = part["positions"]  # (P, D)
+        self._norm = _norm(part, "norm", shape.epsilon)
+        self._padding = shape.padding
 
     def forward(self, batch: Sequence[NDArray[np.int32]]) -> Tensor:
         device = self._words.device
@@ -130,20 +190,16 @@ class _Embeddings(nn.Module):
 class _Layer(nn.Module):
     """A module, so that PyTorch's hooks run before it."""
 
-    def __init__(self, layer: Any, linear: LinearFactory, device: torch.device) -> None:
+    def __init__(self, part: Part, epsilon: float, linear: LinearFactory) -> None:
         super().__init__()
-        attention, output = layer.attention.self, layer.attention.output
-        parts = (attention.query, attention.key, attention.value)
-        self._qkv = linear(
-            torch.cat([part.weight.detach() for part in parts]),
-            torch.cat([part.bias.detach() for part in parts]),
-        )
-        self._output = linear(output.dense.weight, output.dense.bias)
-        self._output_norm = _norm(output.LayerNorm, device)
-        up, down = layer.intermediate.dense, layer.output.dense
-        self._up = linear(up.weight, up.bias, gelu=True)
-        self._down = linear(down.weight, down.bias)
-        self._down_norm = _norm(layer.output.LayerNorm, device)
+
+        def layer(name: str, *, gelu: bool = False) -> Linear:
+            return linear(part[f"{name}.weight"], part[f"{name}.bias"], gelu=gelu)
+
+        self._qkv, self._output = layer("qkv"), layer("output")
+        self._output_norm = _norm(part, "output_norm", epsilon)
+        self._up, self._down = layer("up", gelu=True), layer("down")
+        self._down_norm = _norm(part, "down_norm", epsilon)
 
     def forward(self, states: Tensor, attention: Attention, heads: int) -> Tensor:
         mixed = attention(self._qkv(states), heads)  # (S, D)
@@ -152,12 +208,9 @@ class _Layer(nn.Module):
         return self._down_norm(states + self._down(inner).float())  # (S, D)
 
 
-def _norm(norm: nn.LayerNorm, device: torch.device) -> Callable[[Tensor], Tensor]:
-    # Copies, and not the module: one of its tensors would keep the checkpoint's file mapped.
-    weight, bias = (
-        part.detach().to(device, torch.float32, copy=True) for part in (norm.weight, norm.bias)
-    )
-    epsilon = norm.eps
+def _norm(part: Part, name: str, epsilon: float) -> Callable[[Tensor], Tensor]:
+    # Copies: a view of the checkpoint's file would keep it mapped.
+    weight, bias = (part[f"{name}.{each}"].clone() for each in ("weight", "bias"))
     return lambda states: F.layer_norm(states, weight.shape, weight, bias, epsilon)
 
 

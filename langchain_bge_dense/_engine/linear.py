@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import Tensor
 
     Linear = Callable[[Tensor], Tensor]
 
@@ -53,6 +52,13 @@ _SMALLEST_PEAK = 1e-30  # of a row of zeros, which divides nothing
 _ROWS = 256  # of a weight quantised at once: what is left of larger copies stays in the heap
 
 
+class Quantized(NamedTuple):
+    """A weight in codes of 8 bits or fewer."""
+
+    codes: Tensor  # (N, K), int8
+    scales: Tensor  # (N,), float32
+
+
 class LinearFactory:
     """Makes the linear layers of one model.
 
@@ -66,20 +72,28 @@ class LinearFactory:
     def __init__(
         self, dtype: str, device: torch.device, state_dtype: torch.dtype | None = None
     ) -> None:
-        self._device = device
-        self._state_dtype = state_dtype = state_dtype or getattr(torch, dtype)
+        self.device = device
+        self.state_dtype = state_dtype = state_dtype or getattr(torch, dtype)
         self._kind = _packed(device.type, dtype, state_dtype) or _PLAIN.get(dtype, PlainLinear)
+        self.form = f"{self._kind.__name__} {state_dtype}"  # names what `convert` makes
 
-    def __call__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Linear:
+    def convert(self, weight: Tensor) -> Tensor | Quantized:
+        """Bring a weight into the form that a layer of this dtype is made of, and a file keeps."""
+        converted: Tensor | Quantized = self._kind.convert(weight, self.state_dtype)
+        return converted
+
+    def __call__(self, weight: Tensor | Quantized, bias: Tensor, *, gelu: bool = False) -> Linear:
         """Make a layer that gives `x W^T + b`, `(S, K)` to `(S, N)`.
 
         Args:
-            weight: W, `(N, K)`, float32.
+            weight: W, `(N, K)`, in a float dtype or as `convert` gives it.
             bias: b, `(N,)`, float32.
             gelu: Whether GELU follows.
         """
-        weight, bias = (part.detach().to(self._device) for part in (weight, bias))
-        layer: Linear = self._kind(weight, bias, self._state_dtype, gelu=gelu)
+        if isinstance(weight, Tensor):
+            weight = weight.detach().to(self.device)
+        bias = bias.detach().to(self.device)
+        layer: Linear = self._kind(weight, bias, self.state_dtype, gelu=gelu)
         return layer
 
 
@@ -95,9 +109,16 @@ class PlainLinear:
         product = F.linear(x.to(self._weight.dtype), self._weight, self._bias)  # (S, N)
         return F.gelu(product) if self._gelu else product
 
+    @staticmethod
+    def convert(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in the dtype of the product."""
+        return weight.to(dtype)
+
 
 class PackedLinear:
     """oneDNN's product with weights in the order of its kernel; float32 and bfloat16 on a CPU."""
+
+    convert = PlainLinear.convert
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, gelu: bool) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))  # noqa: SLF001
@@ -119,17 +140,26 @@ class PlainInt8Linear:
 
     weight_peak = 127  # symmetric: -128 is not used
 
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, gelu: bool) -> None:
-        peaks = torch.cat([rows.abs().amax(1) for rows in torch.split(weight, _ROWS)])  # (N,)
-        scales = peaks.clamp_(min=_SMALLEST_PEAK).div_(self.weight_peak)  # (N,)
-        rows = zip(torch.split(weight, _ROWS), torch.split(scales, _ROWS), strict=True)
-        self._pack(torch.cat([(w / s[:, None]).round_().to(torch.int8) for w, s in rows]))  # (N, K)
-        self._scales = scales
+    def __init__(
+        self, weight: Tensor | Quantized, bias: Tensor, dtype: torch.dtype, *, gelu: bool
+    ) -> None:
+        codes, scales = self.convert(weight, dtype) if isinstance(weight, Tensor) else weight
+        self._pack(codes)
+        self._scales = scales.clone()  # (N,)
         self._bias = bias.to(dtype, copy=True)
         self._gelu = gelu
 
+    @classmethod
+    def convert(cls, weight: Tensor, _dtype: torch.dtype) -> Quantized:
+        """The weight in codes, each row by its own scale."""
+        peaks = torch.cat([rows.abs().amax(1) for rows in torch.split(weight, _ROWS)])  # (N,)
+        scales = peaks.clamp_(min=_SMALLEST_PEAK).div_(cls.weight_peak)  # (N,)
+        rows = zip(torch.split(weight, _ROWS), torch.split(scales, _ROWS), strict=True)
+        codes = [(w / s[:, None]).round_().to(torch.int8) for w, s in rows]
+        return Quantized(torch.cat(codes), scales)
+
     def _pack(self, codes: Tensor) -> None:
-        self._codes = codes  # (N, K)
+        self._codes = codes.clone()  # (N, K)
 
     def _product(self, codes: Tensor) -> Tensor:
         """Products of codes by the scales of the weights, `(S, K)` to `(S, N)`."""

@@ -19,12 +19,21 @@ from langchain_bge_dense._engine.checkpoint import (
     check_vocabulary,
     check_weights,
 )
-from langchain_bge_dense._engine.encoder import Encoder, Heads
+from langchain_bge_dense._engine.encoder import Encoder, Heads, TextTokenizer
 from langchain_bge_dense._engine.files import Parsing, shapes, tensors_of, weight_files
 from langchain_bge_dense._engine.flag import flag_model_class
-from langchain_bge_dense._engine.layers import MODEL_TYPES, PackedEncoder, PaddedEncoder
+from langchain_bge_dense._engine.layers import (
+    MODEL_TYPES,
+    PackedEncoder,
+    PaddedEncoder,
+    Shape,
+    converted,
+    module_weights,
+)
 from langchain_bge_dense._engine.linear import LinearFactory, cpu_has_bf16
 from langchain_bge_dense._engine.locks import forkable_lock
+from langchain_bge_dense._engine.packed import PackedFile, cache_folder
+from langchain_bge_dense._engine.weights import CheckpointWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -93,13 +102,37 @@ def load_encoder(checkpoint: Checkpoint, device: str, dtype: str) -> Encoder:
         ValueError: A file is damaged or hostile, the files belong to different models, or the
             dtype does not run this type of model.
     """
-    flag = _load_flag_model(checkpoint)
-    encoder = _build_encoder(
-        flag.tokenizer, flag.model, checkpoint, device=device, dtype=dtype, release=True
-    )
+    linear = _linear(device, dtype)
+    folder = cache_folder()
+    file = None
+    if folder is not None and linear.device.type == "cpu":
+        file = PackedFile(folder, checkpoint, dtype, linear)
+    loaded = file and file.load()
+    tokenizer, layers = loaded or _load_checked(checkpoint, dtype, linear, file)
+    heads = [tensors_of(checkpoint.folder / head) for head in HEADS if checkpoint.has_heads]
+    encoder = _encoder(checkpoint, tokenizer, layers, heads, dtype, linear)
     if dtype != "float32":
         encoder.reference = partial(load_encoder, checkpoint, device, "float32")
     return encoder
+
+
+def _load_checked(
+    checkpoint: Checkpoint, dtype: str, linear: LinearFactory, file: PackedFile | None
+) -> tuple[TextTokenizer, torch.nn.Module]:
+    """Load with every check, by transformers and FlagEmbedding, and keep what it ends in."""
+    flag = _load_flag_model(checkpoint)
+    tokenizer, encoder = _tokenizer(flag.tokenizer, checkpoint), flag.model.model
+    if not PackedEncoder.supports(encoder.config):
+        _refuse_int8(dtype, encoder.config.model_type)
+        return tokenizer, _padded(encoder, flag.tokenizer, linear, release=True)
+    shape = Shape.of(encoder)
+    weights = CheckpointWeights.find(checkpoint.folder, encoder) or module_weights(encoder)
+    del flag, encoder
+    if file is not None:
+        file.write(tokenizer, shape, weights)
+        if loaded := file.load():
+            return loaded
+    return tokenizer, PackedEncoder(shape, converted(weights, linear), linear)
 
 
 def placement(flag: BGEM3FlagModel) -> tuple[str, str]:
@@ -120,9 +153,18 @@ def wrap_flag_model(
 
     def build(model: Any, dtype: str) -> Encoder:
         tokenizer = copy.deepcopy(flag.tokenizer)  # FlagEmbedding changes its settings
-        return _build_encoder(
-            tokenizer, model, checkpoint, device=device, dtype=dtype, release=False
-        )
+        linear = _linear(device, dtype)
+        encoder = model.model
+        if PackedEncoder.supports(encoder.config):
+            weights = converted(module_weights(encoder), linear)
+            layers: torch.nn.Module = PackedEncoder(Shape.of(encoder), weights, linear)
+        else:
+            layers = _padded(encoder, tokenizer, linear, release=False)
+        heads = []
+        if checkpoint.has_heads:
+            heads = [head.state_dict() for head in (model.colbert_linear, model.sparse_linear)]
+        text_tokenizer = _tokenizer(tokenizer, checkpoint)
+        return _encoder(checkpoint, text_tokenizer, layers, heads, dtype, linear)
 
     encoder = build(flag.model, dtype)
     if dtype != "float32":
@@ -130,31 +172,40 @@ def wrap_flag_model(
     return encoder
 
 
-def _build_encoder(  # noqa: PLR0913
-    tokenizer: Any, model: Any, checkpoint: Checkpoint, *, device: str, dtype: str, release: bool
-) -> Encoder:
-    """Rebuild FlagEmbedding's module `model` on a device and in a dtype."""
-    place = torch.device(device)
-    state_dtype = _state_dtype(dtype)
-    modules = checkpoint.modules
-    if modules.lower_case:
+def _linear(device: str, dtype: str) -> LinearFactory:
+    return LinearFactory(dtype, torch.device(device), _state_dtype(dtype))
+
+
+def _tokenizer(tokenizer: Any, checkpoint: Checkpoint) -> TextTokenizer:
+    if checkpoint.modules.lower_case:
         backend = tokenizer.backend_tokenizer
         own = [] if backend.normalizer is None else [backend.normalizer]
         backend.normalizer = Sequence([Lowercase(), *own])
-    layers = [_behind_pooling(layer, place) for layer in modules.layers]
-    heads = Heads(model.sentence_pooling_method, layers)
-    if checkpoint.has_heads:
-        lexical, colbert = model.sparse_linear, model.colbert_linear
-        heads.lexical = LinearFactory("float32", place)(lexical.weight, lexical.bias)
-        narrow = LinearFactory(str(state_dtype).removeprefix("torch."), place)
-        heads.colbert = narrow(colbert.weight, colbert.bias)
-    if PackedEncoder.supports(model.model.config):
-        encoder: Any = PackedEncoder(model.model, dtype, state_dtype, place, release=release)
-    else:
-        _refuse_int8(dtype, model.model.config.model_type)
-        module = _cast(model.model.to(place).eval(), state_dtype, release=release)
-        encoder = PaddedEncoder(module, tokenizer.pad_token_id)
-    return Encoder(tokenizer, encoder, heads, batch_tokens=_batch_tokens(place.type, dtype))
+    return TextTokenizer.of(tokenizer)
+
+
+def _padded(encoder: Any, tokenizer: Any, linear: LinearFactory, *, release: bool) -> PaddedEncoder:
+    module = _cast(encoder.to(linear.device).eval(), linear.state_dtype, release=release)
+    return PaddedEncoder(module, tokenizer.pad_token_id)
+
+
+def _encoder(  # noqa: PLR0913, PLR0917
+    checkpoint: Checkpoint,
+    tokenizer: TextTokenizer,
+    layers: torch.nn.Module,
+    weights: list[dict[str, Tensor]],
+    dtype: str,
+    linear: LinearFactory,
+) -> Encoder:
+    """Put an encoder together; `weights` are of the heads in `HEADS`, if there are any."""
+    modules, place = checkpoint.modules, linear.device
+    heads = Heads(modules.pooling, [_behind_pooling(layer, place) for layer in modules.layers])
+    if weights:
+        colbert, lexical = weights
+        narrow = LinearFactory(str(linear.state_dtype).removeprefix("torch."), place)
+        heads.lexical = LinearFactory("float32", place)(lexical["weight"], lexical["bias"])
+        heads.colbert = narrow(colbert["weight"], colbert["bias"])
+    return Encoder(tokenizer, layers, heads, batch_tokens=_batch_tokens(place.type, dtype))
 
 
 def _cast(module: Any, dtype: torch.dtype, *, release: bool) -> Any:

@@ -31,8 +31,12 @@ from langchain_bge_dense._engine.layers import (
     MODEL_TYPES,
     PackedEncoder,
     PaddedEncoder,
+    Shape,
     attention_over,
+    converted,
+    module_weights,
 )
+from langchain_bge_dense._engine.linear import LinearFactory
 
 CPU = torch.device("cpu")
 PADDING, WORDS, POSITIONS = 1, 50, 100
@@ -86,13 +90,18 @@ def reference(kind: str) -> Any:
     return spread(model(config(**SMALL), add_pooling_layer=False))
 
 
+def packed_of(module: Any, dtype: str, state_dtype: torch.dtype) -> PackedEncoder:
+    linear = LinearFactory(dtype, CPU, state_dtype)
+    return PackedEncoder(Shape.of(module), converted(module_weights(module), linear), linear)
+
+
 @cache
 def packed(kind: str, dtype: str, *, plain: bool = False) -> PackedEncoder:
     operators = dict(linear._PACKED)
     if plain:
         linear._PACKED.clear()
     try:
-        return PackedEncoder(reference(kind), *DTYPES[dtype], CPU, release=False)
+        return packed_of(reference(kind), *DTYPES[dtype])
     finally:
         linear._PACKED.update(operators)
 
@@ -150,21 +159,10 @@ def test_texts_of_a_batch_do_not_see_each_other(dtype: str) -> None:
     assert not torch.allclose(ours[5:-3], theirs[5:-3], atol=0.1)
 
 
-@pytest.mark.parametrize("kind", PACKED)
-def test_release_lets_go_of_every_weight_and_changes_nothing(kind: str) -> None:
-    config, model = PACKED[kind]
-    module = spread(model(config(**SMALL), add_pooling_layer=False))
-    batch = [np.arange(20, dtype=np.int32)]
-    expected = run(packed(kind, "float32"), batch)
-    encoder = PackedEncoder(module, "float32", torch.float32, CPU, release=True)
-    assert not list(module.parameters())
-    assert torch.equal(run(encoder, batch), expected)
-
-
-def test_a_model_that_is_not_released_stays_as_it_was() -> None:
+def test_a_model_that_is_rebuilt_stays_as_it_was() -> None:
     module = reference("bert")
     before = {name: weight.clone() for name, weight in module.named_parameters()}
-    encoder = PackedEncoder(module, "int8", torch.bfloat16, CPU, release=False)
+    encoder = packed_of(module, "int8", torch.bfloat16)
     run(encoder, [np.arange(20, dtype=np.int32)])
     assert all(torch.equal(weight, before[name]) for name, weight in module.named_parameters())
 
