@@ -97,12 +97,11 @@ def location(passage: Document) -> str:
     return plain(", ".join(parts))
 
 
-def show_passages(passages: list[Document], least: float = -1) -> None:
-    """Print passages with rank, score and location; if none has the least score, say so."""
+def show_passages(passages: list[Document], note: str = "") -> None:
+    """Print passages with rank, score and location, below a note."""
     out = console()
-    if passages and passages[0].metadata["bge_m3_dense_score"] < least:
-        write(out, "No passage seems to answer this. The nearest one is:")
-        passages = passages[:1]
+    if note:
+        write(out, note)
     for rank, passage in enumerate(passages, start=1):
         head = f"{rank:2}  {passage.metadata['bge_m3_dense_score']:.2f}  "
         write(out, Text.assemble(head, (location(passage), "bold")))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import needs  # noqa: F401 - says what is missing
 
+from answered import NOTHING, seems_answered
 from command_line import ask, check, exit_status, say, search_options
 from display import LINES, console, fit, location, printable, quoted, readable, wrap, write
 from folder_index import open_documents
@@ -71,6 +72,7 @@ class Answer:
     query: str
     columns: list[tuple[Signal, list[Document]]]
     matches: Matches
+    note: str
 
     @property
     def explained(self) -> list[Document]:
@@ -99,7 +101,10 @@ def search(store: Chroma, query: str, k: int) -> Answer:
     """Search by each signal, and explain the best passages of both together."""
     columns = [(signal, ranking(store, signal, query, k)) for signal in SIGNALS]
     _, best = columns[FUSED]
-    return Answer(query, columns, find_matches(store.embeddings, query, best[:EXPLAINED]))
+    passages = [passage for _, column in columns for passage in column]
+    answered = not passages or seems_answered(query, passages, store.embeddings.fingerprint)
+    matches = find_matches(store.embeddings, query, best[:EXPLAINED])
+    return Answer(query, columns, matches, "" if answered else NOTHING)
 
 
 def ranking(store: Chroma, signal: Signal, query: str, k: int) -> list[Document]:
@@ -114,6 +119,9 @@ def show(answer: Answer) -> None:
     """Print the columns, the query's words with their weights, and the best passages."""
     table(answer, console(widest=WIDEST))
     out = console()
+    if answer.note:
+        write(out, answer.note)
+        out.print()
     write(out, Text("Why: lexical weights of the query's tokens", "bold"))
     words = dict.fromkeys(weighed(word) for word in answer.matches.words if word.weight >= VISIBLE)
     write(out, ", ".join(words), indent=2, lines=LINES)

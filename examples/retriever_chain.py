@@ -9,15 +9,15 @@ python examples/retriever_chain.py --small                      # a small model
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import needs  # noqa: F401 - says what is missing
 
+from answered import NOTHING, seems_answered
 from command_line import ask, check, exit_status, search_options
-from display import CJK, location, show_answer, show_passages
+from display import location, show_answer, show_passages
 from folder_index import open_documents
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseChatModel
@@ -38,9 +38,6 @@ QUESTIONS = (
     "为什么相似度是负数？",
     "Which wine goes with fish?",  # nothing in the handbook
 )
-
-# Least dense scores of passages that answer, by model: to questions in Chinese, in other languages.
-LEAST = {"small-m3": (0.87, 0.825)}
 
 INSTRUCTION = (
     "Answer from the numbered passages alone and cite their numbers, like [1]. If they do not hold "
@@ -88,15 +85,12 @@ def load_chat_model(name: str) -> BaseChatModel:
     return attempt(step, name, f"--llm {name}")[0]
 
 
-def least_score(question: str, fingerprint: str) -> float:
-    """Give the dense score below which a passage seems not to answer; -1 for other models.
-
-    Measured on XQuAD, English and Chinese: 6 % of the questions have no passage above it though
-    the answer is there; 93 % and 83 % have none where the article that answers is left out.
-    """
-    chinese = re.search(f"[{CJK}]", question)
-    scores = (score for name, score in LEAST.items() if fingerprint.startswith(name))
-    return next(scores, (-1, -1))[0 if chinese else 1]
+def show_found(question: str, passages: list[Document], fingerprint: str) -> None:
+    """Print the passages, or that none seems to answer and the nearest one."""
+    if not passages or seems_answered(question, passages, fingerprint):
+        show_passages(passages)
+    else:
+        show_passages(passages[:1], f"{NOTHING} The nearest one is:")
 
 
 def answerer(
@@ -104,9 +98,7 @@ def answerer(
 ) -> Callable[[str], None]:
     """Give the function that answers a question on the terminal, with or without a chat model."""
     if model is None:
-        return lambda question: show_passages(
-            retriever.invoke(question), least_score(question, fingerprint)
-        )
+        return lambda question: show_found(question, retriever.invoke(question), fingerprint)
     answer = answer_chain(retriever, model)
     return lambda question: show_answer(attempt(answer, question, "No answer"))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import needs  # noqa: F401 - says what is missing
 
 import uvicorn
+from answered import NOTHING, seems_answered
 from command_line import EXPECTED, check, exit_status, say, search_options
 from display import location
 from fastapi import FastAPI
@@ -47,10 +48,15 @@ def create_app() -> FastAPI:
         try:
             found = retriever.invoke(q) if q.strip() else []
             matches = find_matches(store.embeddings, q, found) if found else None
+            answered = seems_answered(q, found, store.embeddings.fingerprint)
         except EXPECTED as error:
             return HTMLResponse(template.render(**page, error=error), 503)
         labels = [f"{rank}  {location(passage)}" for rank, passage in enumerate(found, start=1)]
-        return HTMLResponse(template.render(**page, matches=matches, labels=labels))
+        return HTMLResponse(
+            template.render(
+                **page, matches=matches, labels=labels, note="" if answered else NOTHING
+            )
+        )
 
     return app
 

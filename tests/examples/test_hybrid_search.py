@@ -209,6 +209,15 @@ def test_passages_without_a_common_word_are_no_lexical_matches(
     assert "lexical 0.00 = no word in common" in ran.out
 
 
+@pytest.mark.parametrize("question", ["Which wine goes with fish?", "哪种酒配鱼？"])
+def test_a_question_that_nothing_answers_looks_like_one(run, tmp_path, question):
+    note = "No passage seems to answer this."
+    ran = run("--query", question, "--html", tmp_path / "page.html")
+    assert note in ran.out.splitlines()
+    assert page(tmp_path / "page.html").select_one("[role=status]").text == note
+    assert note not in run().out  # the built-in questions
+
+
 HOSTILE = '<script>alert("seal")</script> &amp; a seal \x1b[31m<mark>\ufe00'
 
 

@@ -138,10 +138,13 @@ def test_the_page_shows_what_the_retriever_finds_and_marks_why(
     site: Site, small: BGEM3Embeddings
 ) -> None:
     page = site.get(QUESTION)
+    assert not page.select("[role=status]")
     first = page.select_one(".m3-matches section")
     assert first.header.b.text == "1  parts.txt"
     assert [mark.text for mark in first.select(".text mark")] == ["seal", "VS-2208-K", "shelf"]
     assert page.select_one("input[name=q]")["value"] == QUESTION
+    unanswered = site.get("Which wine goes with fish?").select_one("[role=status]")
+    assert unanswered.text == "No passage seems to answer this."
     for name in ("Fused", "ColBERT"):  # what stands beside a passage is explained below
         assert name in first.text
         assert re.search(rf"^{name}\b.*: .*\.$", page.footer.text, re.MULTILINE)
