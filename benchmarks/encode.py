@@ -3,6 +3,7 @@
     python benchmarks/build_checkpoint.py /tmp/bge-m3-random
     python benchmarks/encode.py --model /tmp/bge-m3-random --chart benchmarks/encode.png
     python benchmarks/encode.py --model /tmp/bge-m3-random --long
+    python benchmarks/encode.py --model /tmp/bge-m3-random --busy
     python benchmarks/encode.py --model /tmp/bge-m3-random --device cuda
 
 Each contender runs in a process of its own, one after another. "Cold" is the first pass over a
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 from common import (
     finish,
     forget_peak,
@@ -48,19 +50,17 @@ SHORT_TEXTS = 1_000  # embedded before memory is read
 FLAG, HUGGINGFACE = "BGEM3FlagModel", "HuggingFaceEmbeddings"
 ST_OPENVINO, ST_FLOAT16 = "sentence-transformers, OpenVINO", "sentence-transformers, float16"
 EXACT = "ours, float32"
+RATIOS = (FLAG, HUGGINGFACE, ST_OPENVINO, ST_FLOAT16, "ONNX Runtime, int8")
 OURS = {
     EXACT: {"dtype": "float32"},
     "ours, bfloat16": {"dtype": "bfloat16"},
     "ours, int8": {"dtype": "int8"},
     "ours, float16": {"dtype": "float16"},
 }
-# The OpenVINO backend that this package had up to commit 3c61c3e, run with --before.
-BEFORE = {
-    f"OpenVINO backend, {dtype}": {"backend": "openvino", "dtype": dtype}
-    for dtype in ("float32", "bfloat16", "int8")
-}
+ONNX = {f"ONNX Runtime, {dtype}": f"onnx-{dtype}/model.onnx" for dtype in ("float32", "int8")}
+LLAMA = {f"llama.cpp, {kind}": f"{kind}.gguf" for kind in ("F16", "Q8_0")}
 CONTENDERS = {
-    "cpu": (FLAG, HUGGINGFACE, ST_OPENVINO, EXACT, "ours, bfloat16", "ours, int8", *BEFORE),
+    "cpu": (FLAG, HUGGINGFACE, ST_OPENVINO, *ONNX, *LLAMA, EXACT, "ours, bfloat16", "ours, int8"),
     "cuda": (FLAG, HUGGINGFACE, ST_FLOAT16, EXACT, "ours, bfloat16", "ours, float16"),
 }
 Embed = Callable[[list[str]], Any]
@@ -92,8 +92,12 @@ def sentence_transformers_float16(model: str, device: str) -> Embed:
     return SentenceTransformer(model, device=device, model_kwargs=settings).encode
 
 
-def loader(name: str, device: str) -> Callable[[str], Embed]:
-    settings = {**OURS, **BEFORE}.get(name)
+def loader(name: str, arguments: argparse.Namespace) -> Callable[[str], Embed]:
+    if name in ONNX:
+        return lambda model: peers.onnx_runtime(model, arguments.peers / ONNX[name])
+    if name in LLAMA:
+        return lambda model: peers.llama_cpp(model, arguments.peers / LLAMA[name])
+    settings = OURS.get(name)
     if settings is None:
         others = {
             FLAG: flag_model,
@@ -101,12 +105,13 @@ def loader(name: str, device: str) -> Callable[[str], Embed]:
             ST_OPENVINO: sentence_transformers_openvino,
             ST_FLOAT16: sentence_transformers_float16,
         }
-        return lambda model: others[name](model, device)
+        return lambda model: others[name](model, arguments.device)
 
     def ours(model: str) -> Embed:
         from langchain_bge_dense import BGEM3Embeddings
 
-        return BGEM3Embeddings(model=model, device=device, **settings).load().embed_documents
+        embeddings = BGEM3Embeddings(model=model, device=arguments.device, **settings)
+        return embeddings.load().embed_documents
 
     return ours
 
@@ -116,12 +121,14 @@ def work(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     warnings.simplefilter("ignore")
     content = json.loads((arguments.folder / "texts.json").read_text())
     start = time.perf_counter()
-    embed = loader(name, arguments.device)(arguments.model)
+    embed = loader(name, arguments)(arguments.model)
     figures = {"start": time.perf_counter() - start, "peak while loading": peak_memory()}
     figures["loaded"] = resident_memory()
     embed(content["warm-up"])  # the first call of some runtimes compiles
     if arguments.long:
         return {**figures, **long_texts(embed, content)}
+    if arguments.busy:
+        return {**figures, **beside_busy(embed, content[next(iter(QUERIES))])}
     for key in QUERIES:
         figures[key] = float(np.median([seconds(embed, [query]) for query in content[key]]))
     corpus = content["corpus"]
@@ -134,6 +141,23 @@ def work(name: str, arguments: argparse.Namespace) -> dict[str, float]:
         embed(content["short"])
         figures["after 1,000 texts"] = resident_memory()
     return figures
+
+
+def beside_busy(embed: Embed, queries: list[str]) -> dict[str, float]:
+    """The median query alone, and beside one busy process for each core."""
+
+    def median() -> float:
+        return float(np.median([seconds(embed, [query]) for query in queries]))
+
+    alone = median()
+    loop = [sys.executable, "-c", "while True: pass"]
+    neighbours = [subprocess.Popen(loop) for _ in range(os.cpu_count() or 1)]
+    try:
+        return {"alone": alone, "busy": median()}
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
 
 
 def long_texts(embed: Embed, content: dict[str, Any]) -> dict[str, float]:
@@ -195,22 +219,34 @@ def write_texts(arguments: argparse.Namespace, file: Path) -> int:
 
 
 def contenders(arguments: argparse.Namespace) -> list[str]:
-    lacking = set()
-    if arguments.openvino_python is None:
-        lacking.add(ST_OPENVINO)
-    if arguments.before is None:
-        lacking |= BEFORE.keys()
     names = CONTENDERS[arguments.device.partition(":")[0]]
-    return [name for name in names if name not in lacking and (arguments.only or "") in name]
+    return [
+        name
+        for name in names
+        if python_of(name, arguments) is not None and (arguments.only or "") in name
+    ]
+
+
+def python_of(name: str, arguments: argparse.Namespace) -> str | None:
+    """The interpreter of a contender; None for a peer that was not asked for."""
+    pythons: dict[str, str | None] = {
+        ST_OPENVINO: arguments.openvino_python,
+        **dict.fromkeys(ONNX, arguments.onnx_python),
+        **dict.fromkeys(LLAMA, arguments.llama_python),
+    }
+    return pythons.get(name, sys.executable)
 
 
 def run(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    python = arguments.openvino_python if name == ST_OPENVINO else sys.executable
-    command = [python, __file__, "--model", arguments.model, "--device", arguments.device]
-    command += ["--worker", name, "--folder", str(folder), *(["--long"] * arguments.long)]
+    options = {"model": arguments.model, "device": arguments.device, "worker": name}
+    options |= {"folder": folder, "peers": arguments.peers}
+    command = [str(python_of(name, arguments)), __file__]
+    command += [f"--{option}={value}" for option, value in options.items()]
+    command += [f"--{mode}" for mode in ("long", "busy") if getattr(arguments, mode)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    if name in BEFORE:
-        environment["PYTHONPATH"] = str(arguments.before)
+    environment["LANGCHAIN_BGE_DENSE_CACHE"] = str(folder / "packed")
+    if name in OURS:  # a first load, as the models of peers were converted before
+        subprocess.run([*command, "--load"], check=True, env=environment)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     figures = dict(json.loads(done.stdout.splitlines()[-1]))
     print(f"{name}: {figures}", file=sys.stderr)
@@ -219,7 +255,7 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, flo
 
 def lowest_cosine(name: str, folder: Path) -> float | None:
     exact = vectors_file(folder, EXACT)
-    if name not in (*OURS, *BEFORE, FLAG) or not exact.exists():
+    if name not in (*OURS, *ONNX, *LLAMA, FLAG) or not exact.exists():
         return None
     return float((np.load(vectors_file(folder, name)) * np.load(exact)).sum(axis=1).min())
 
@@ -231,7 +267,7 @@ def vectors_file(folder: Path, name: str) -> Path:
 def speed_table(
     results: dict[str, dict[str, float]], cosines: dict[str, float | None], peak: float, dtype: str
 ) -> None:
-    others = [name for name in (FLAG, HUGGINGFACE, ST_OPENVINO, ST_FLOAT16) if name in results]
+    others = [name for name in RATIOS if name in results]
     rows = []
     for name, figures in results.items():
         rate, cosine = figures["warm"], cosines[name]
@@ -260,12 +296,24 @@ def memory_table(results: dict[str, dict[str, float]]) -> None:
     show(["encoder", "start", *keys], rows)
 
 
-def long_table(results: dict[str, dict[str, float]]) -> None:
-    keys = [f"{length:,} tokens" for length in LONG]
+def busy_table(results: dict[str, dict[str, float]]) -> None:
     rows = [
-        [name, *(f"{f[key]:,.0f}, {f[f'{key}, memory']:.2f} GiB" for key in keys)]
+        [
+            name,
+            *(f"{f[key] * 1e3:.0f} ms" for key in ("alone", "busy")),
+            f"{f['busy'] / f['alone']:.1f}x",
+        ]
         for name, f in results.items()
     ]
+    show(["query of 30 tokens", "alone", "beside a busy process per core", "ratio"], rows)
+
+
+def long_table(results: dict[str, dict[str, float]]) -> None:
+    keys = [f"{length:,} tokens" for length in LONG]
+    rows = []
+    for name, figures in results.items():
+        alone, busy = figures["alone"], figures["busy"]
+        rows.append([name, f"{alone * 1e3:.0f} ms", f"{busy * 1e3:.0f} ms", f"{busy / alone:.1f}x"])
     show(["tokens/s and extra memory for one text of", *keys], rows)
 
 
@@ -275,7 +323,7 @@ def chart(results: dict[str, dict[str, float]], file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = [name for name in results if name not in BEFORE]
+    names = list(results)
     rates = [results[name]["warm"] for name in names]
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(names) + 1), layout="constrained")
     colours = ["#2a6f97" if name in OURS else "#b8b8b8" for name in names]
@@ -292,16 +340,23 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a checkpoint of BGE-M3's size")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--long", action="store_true", help="single texts of up to 8,190 tokens")
+    parser.add_argument("--busy", action="store_true", help="queries beside busy processes")
     parser.add_argument(
         "--openvino-python", help="Python with benchmarks/requirements-openvino.txt"
     )
-    parser.add_argument("--before", type=Path, help="a checkout of commit 3c61c3e, with OpenVINO")
+    parser.add_argument("--onnx-python", help="Python with benchmarks/requirements-onnx.txt")
+    parser.add_argument("--llama-python", help="Python with benchmarks/requirements-llama.txt")
+    parser.add_argument("--peers", type=Path, help="the folder that peers.py wrote for these two")
     parser.add_argument("--tokens", type=int, default=6_000, help="of the corpus")
     parser.add_argument("--only", help="contenders whose name holds this")
     parser.add_argument("--chart", type=Path, help="write a bar chart here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.load:
+        loader(arguments.worker, arguments)(arguments.model)
+        return
     if arguments.worker:
         print(json.dumps(work(arguments.worker, arguments)))
         return
@@ -321,6 +376,10 @@ def compare(arguments: argparse.Namespace) -> None:
         if arguments.long:
             long_table(results)
             finish("encode --long", {"peak": peak, "figures": results})
+            return
+        if arguments.busy:
+            busy_table(results)
+            finish("encode --busy", results)
             return
         cosines = {contender: lowest_cosine(contender, folder) for contender in results}
     speed_table(results, cosines, peak, dtype)
