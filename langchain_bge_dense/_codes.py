@@ -172,7 +172,7 @@ def check_kind(kind: object, pooling: int) -> None:
 
 
 def colbert_windows(texts: Sequence[Any]) -> Iterator[list[Any]]:
-    """Texts in windows whose ColBERT vectors fit into memory; what is no text counts, too."""
+    """Split texts into windows whose ColBERT vectors fit into memory."""
     return windows(texts, lambda text: len(str(text)), _CHARACTERS)
 
 

@@ -97,11 +97,11 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     token: SecretStr | None = None
-    """Access token of the hub; None: the one that the hub's own login stored."""
+    """Access token of the hub, by default the one that its own login stored."""
     cache_folder: str | None = None
-    """Where downloads are kept; None: the hub's own cache."""
+    """Folder of downloads, by default the hub's own cache."""
     local_files_only: bool = False
-    """Never ask the hub: what is not in the cache is an error."""
+    """Never ask the hub: files missing from the cache are an error."""
     device: str = "auto"
     """`"auto"` (CUDA, then MPS, then CPU) or any torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
@@ -112,7 +112,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     base_url: str | None = None
     """Ask this server of `langchain_bge_dense.serve`: `http://host:port`, or `unix:///path`.
 
-    None: the model runs here. The fields of the model are the server's then.
+    The model runs here by default. With a server, the model's fields are the server's.
     """
     api_key: SecretStr | None = None
     """Of the server."""
@@ -121,15 +121,15 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     normalize: bool = True
     """Scale vectors to unit length, computed in float32."""
     max_length: int | None = Field(None, ge=3)
-    """Longest text in tokens; None: as many as the checkpoint has positions for."""
+    """Longest text in tokens, by default as many as the checkpoint has positions for."""
     on_truncate: Literal["warn", "raise", "ignore"] = "warn"
     """What to do about a text that is longer than `max_length`."""
     query_instruction: str | None = None
-    """Put in front of every query; None: the checkpoint's own prompt for queries, if it has one."""
+    """Prefix of every query, by default the checkpoint's own prompt for queries, if it has one."""
     document_instruction: str | None = None
-    """Put in front of every document; None: the checkpoint's own prompt for documents."""
+    """Prefix of every document, by default the checkpoint's own prompt for documents."""
     batch_tokens: int | None = Field(None, ge=1)
-    """Tokens per forward pass; None: measured best for the device."""
+    """Tokens per forward pass, by default the number measured best for the device."""
     show_progress: bool = False
     """Show a bar over texts in `embed_documents` and `encode`."""
 
@@ -213,7 +213,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
 
         Raises:
             ValueError: The model's instruction formats put more than a text in front.
-            FileNotFoundError: The checkpoint's files are no longer where they were loaded from.
+            FileNotFoundError: The checkpoint's files were moved or deleted since they were loaded.
 
         Example:
             >>> embeddings = BGEM3Embeddings.from_flag_model(flag)

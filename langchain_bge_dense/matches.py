@@ -110,7 +110,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Match:
-    """What a passage shares with the query.
+    """Tokens that a passage shares with the query.
 
     Attributes:
         document: The passage.
@@ -161,7 +161,7 @@ class Matches:
         """Write the query's words and the marked passages as a fragment of HTML.
 
         Args:
-            labels: What to call the passages; None: their number and `metadata["source"]`.
+            labels: Titles of the passages, by default their number and `metadata["source"]`.
 
         Returns:
             One `div` with its own style. All texts are escaped; long passages are cut to what
@@ -360,7 +360,7 @@ def _similar(
     similarities: NDArray[np.float32],
     spans: Sequence[tuple[int, int, int]],
 ) -> Iterable[SimilarToken]:
-    """The best of each row of `(Q, T)` similarities, whose last row and column close the texts."""
+    """Find the best of each row of `(Q, T)` similarities, whose last row and column close texts."""
     tokens = [token.text for word in words for token in word.tokens][: len(similarities) - 1]
     places = [(start, end) for _, start, end in spans[: similarities.shape[1] - 1]]
     for row, column in enumerate(similarities.argmax(axis=1).tolist()):  # (Q,)
@@ -408,7 +408,7 @@ def _quoted(html: str) -> str:
 
 
 def _other_scores(match: Match) -> str:
-    """The scores that a retriever or reranker left in the metadata."""
+    """Read the scores that a retriever or reranker wrote to the metadata."""
     scores = {
         name: value
         for name in SCORES

@@ -72,12 +72,12 @@ def embed_dataset(  # noqa: PLR0913
         colbert: Bits a dimension of a code: `"1bit"`, `"2bit"` or `"int8"`.
         colbert_pooling: Tokens that share a code, on average.
         error_column: Added, null where all is well.
-        concurrency: Actors, or the fewest and the most of them; None: what the cluster has GPUs, or
-            groups of cores, for.
-        num_cpus: Cores per actor, and threads of its model. None: none with a GPU, else 4, or as
-            many as the machines have but one, which Ray needs for reading.
-        num_gpus: GPUs per actor, a fraction to share one. None: 1 where the cluster has some and
-            `embeddings.device` allows them.
+        concurrency: Actors, or the fewest and the most of them; by default as many as the cluster
+            has GPUs, or groups of cores, for.
+        num_cpus: Cores per actor, and threads of its model. By default 0 with a GPU, else 4
+            or all but one of a smaller machine's, as Ray needs one for reading.
+        num_gpus: GPUs per actor, a fraction to share one. By default 1 where the cluster has
+            some and `embeddings.device` allows them.
 
     Returns:
         A lazy dataset of the rows with all their columns.
@@ -120,7 +120,7 @@ class _Columns(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """The outputs of one text, or its error."""
+    """Outputs of one text, or its error."""
 
     vector: np.ndarray[Any, np.dtype[np.float32]] | None  # (D,)
     weights: dict[int, float] | None
@@ -212,7 +212,7 @@ def _actors(
     num_cpus: float | None = None,
     num_gpus: float | None = None,
 ) -> tuple[int, int, dict[str, Any]]:
-    """The fewest actors, the most, and what each takes of its machine.
+    """Choose the fewest and the most actors, and the resources of each.
 
     >>> _actors([{"CPU": 16}, {"CPU": 2}], "auto")
     (3, 3, {'num_cpus': 4, 'num_gpus': 0})

@@ -58,11 +58,11 @@ class BGEM3Reranker(BaseDocumentCompressor):
     )
 
     embeddings: BGEM3Embeddings | None = None
-    """The model; None: that of `vectorstore`."""
+    """The model, by default that of `vectorstore`."""
     vectorstore: Any = None
     """A store of `open_chroma` that holds the documents, by their ids; others are encoded."""
     top_n: int | None = Field(None, ge=1)
-    """How many documents to keep; None: all."""
+    """Number of documents to return, by default all."""
     weights: Weights = (0.4, 0.2, 0.4)
     """Of the dense, lexical and ColBERT score; the default is that of BAAI's own example."""
 
@@ -134,13 +134,13 @@ class BGEM3Reranker(BaseDocumentCompressor):
 def _with_scores(
     document: Document, scores: dict[str, NDArray[np.float32]], number: int
 ) -> Document:
-    """A copy of a document with its scores."""
+    """Copy a document and add its scores to the metadata."""
     added = {score_key(name): float(values[number]) for name, values in scores.items()}
     return document.model_copy(update={"metadata": {**document.metadata, **added}})
 
 
 def signal_scores(query: M3Encoding, passages: M3Encoding) -> dict[str, NDArray[np.float32]]:
-    """The score of each signal that both have, `(N,)`; the query is one text, the passages N."""
+    """Score N passages by each signal that they share with the query, `(N,)` each."""
     scores = {}
     if query.dense is not None and passages.dense is not None:
         scores["dense"] = dense_scores(query.dense[0], passages.dense)

@@ -58,23 +58,23 @@ class BGEM3Retriever(BaseRetriever):
     vectorstore: Any
     """A store of `open_chroma(..., lexical=True)`."""
     embeddings: BGEM3Embeddings | None = None
-    """The model; None: the store's own."""
+    """The model, by default the store's own."""
     k: int = Field(4, ge=1)
-    """How many documents to return."""
+    """Number of documents to return."""
     fetch_k: int = Field(50, ge=1)
     """Candidates of each of the dense and the lexical signal; `k` where that is more."""
     weights: Weights = (0.4, 0.2, 1.0)
     """Of the dense, lexical and ColBERT score; the default suits standard scores
     (benchmarks/README.md), that of `BGEM3Reranker` raw ones."""
     fusion: Fusion = "standard"
-    """What is weighted and added up: `"standard"` scores, `"raw"` ones, or `"rrf"`, reciprocals of
+    """Scores that are weighted and added: `"standard"` or `"raw"` ones, or `"rrf"`, reciprocals of
     60 and the rank."""
     colbert: bool | None = None
-    """Score the best candidates by their ColBERT vectors too; None: where the store keeps codes.
+    """Score the best candidates by their ColBERT vectors too, by default if the store has codes.
     Vectors of passages without codes are computed at query time, which takes seconds on a CPU."""
     colbert_k: int | None = Field(None, ge=1)
-    """How many candidates that is; None: 50 in a store that keeps codes, else 20; `k` where that is
-    more."""
+    """Number of candidates scored by ColBERT, at least `k`; by default 50 if the store has codes,
+    else 20."""
     filter: dict[str, Any] | None = None
     """Chroma's metadata filter."""
     where_document: dict[str, Any] | None = None
@@ -146,7 +146,7 @@ class BGEM3Retriever(BaseRetriever):
         return await run_in_executor(None, call, query)
 
     def search(self, query: str) -> Candidates:
-        """The best passages with the scores of all signals."""
+        """Find the best passages, with the scores of all signals."""
         filters = {"where": self.filter, "where_document": self.where_document}
         search = Search(
             query,

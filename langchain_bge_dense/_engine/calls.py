@@ -48,7 +48,7 @@ class Options(NamedTuple):
         max_length: Tokens that a text is cut to.
         on_truncate: `"warn"`, `"raise"` or `"ignore"`.
         normalize: Scale vectors to unit length.
-        batch_tokens: Tokens per forward pass; None: what suits the device.
+        batch_tokens: Tokens per forward pass, by default what suits the device.
         urgent: A query, which goes before documents.
     """
 

@@ -148,7 +148,7 @@ class Client(BaseEngine):
         return Checkpoint(Path(info["folder"]), **facts, modules=modules)
 
     def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Post:
-        """The HTTP requests for a window of texts."""
+        """Build the HTTP requests for a window of texts."""
         settings = {
             "query": options.urgent,
             "dense": outputs.dense,
@@ -278,7 +278,7 @@ class Client(BaseEngine):
         return RuntimeError(msg)
 
     def _http(self) -> httpx.AsyncClient:
-        """The connections of this process; called in its event loop alone."""
+        """Open this process's connections; call it in their event loop alone."""
         if os.getpid() not in self._https:
             unix = self._url.startswith(_UNIX)
             self._https[os.getpid()] = httpx.AsyncClient(
@@ -312,7 +312,7 @@ class Client(BaseEngine):
 
 
 def _is_temporary(error: BaseException) -> bool:
-    """Whether another attempt may succeed: not where TLS itself failed."""
+    """Tell whether another attempt may succeed, which it cannot after a TLS failure."""
     cause: BaseException | None = error
     while isinstance(cause, Exception):
         if isinstance(cause, ssl.SSLError):
@@ -322,7 +322,7 @@ def _is_temporary(error: BaseException) -> bool:
 
 
 def _is_lost(response: httpx.Response) -> bool:
-    """Whether Ray Serve says that a replica died; the application's own failures are JSON."""
+    """Recognize Ray Serve's report of a dead replica; the application's own failures are JSON."""
     kind = response.headers.get("content-type", "")
     return response.status_code == httpx.codes.INTERNAL_SERVER_ERROR and "json" not in kind
 

@@ -27,8 +27,8 @@ class HubSource:
     Attributes:
         model: Hub id or path.
         revision: Branch, tag or commit.
-        token: Access token; None: the one that the hub's own login stored.
-        cache_folder: The hub's cache; None: its default.
+        token: Access token, by default the one that the hub's own login stored.
+        cache_folder: The cache folder, by default the hub's own.
         local_files_only: Take what the cache holds and send no request.
         needs_modules: Whether it has to be known what sentence-transformers' files say.
     """
@@ -116,7 +116,7 @@ def _missing_files(source: HubSource, folder: Path) -> list[str]:
 
 
 def _listing(source: HubSource, folder: Path) -> list[PurePosixPath] | None:
-    """Files of a commit; None: unknown, without the hub and in a cache that others filled."""
+    """List a commit's files, or None without the hub in a cache that others filled."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 

@@ -60,13 +60,13 @@ class Quantized(NamedTuple):
 
 
 class LinearFactory:
-    """Makes the linear layers of one model.
+    """Make the linear layers of one model.
 
     Args:
-        dtype: What products are computed in: `"float32"`, `"bfloat16"`, `"float16"`, `"int8"`.
+        dtype: Dtype of the products: `"float32"`, `"bfloat16"`, `"float16"`, `"int8"`.
         device: Where weights are kept.
-        state_dtype: Of what a layer gives; what it takes is of this dtype or float32. None: the
-            dtype of the products.
+        state_dtype: Dtype of a layer's outputs, by default that of the products. Inputs are of
+            this dtype or float32.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ _PACKED: dict[tuple[str, str], list[tuple[Any, Any]]] = {
 
 @cache
 def _packed(device: str, dtype: str, state_dtype: torch.dtype) -> Any:
-    """The fastest packed layer that gives what its plain one gives; None: there is none here."""
+    """Choose the fastest packed layer that is as exact as the plain one, or None."""
     reason = None
     for packed, plain in _PACKED.get((device, dtype), []):
         reason = _disagreement(packed, plain, state_dtype)

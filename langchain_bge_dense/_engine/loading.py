@@ -225,7 +225,7 @@ def _cast(module: Any, dtype: torch.dtype, *, release: bool) -> Any:
 
 
 def _behind_pooling(layer: Dense | None, place: torch.device) -> Callable[[Tensor], Tensor]:
-    """A layer behind the pooling, `(B, D)` to `(B, D')`, in float32; None: to unit length."""
+    """Load the dense layer behind the pooling, `(B, D)` to `(B, D')`, or normalize without one."""
     if layer is None:
         return F.normalize
     [file] = weight_files(layer.folder)

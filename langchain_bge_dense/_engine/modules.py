@@ -86,7 +86,7 @@ class Modules:
         lower_case: Whether texts are tokenised in lower case.
         layers: Behind the pooling; None scales to unit length. A last scaling is left out.
         prompts: What goes in front of texts.
-        longest: Tokens that sentence-transformers cuts texts to; None: not said.
+        longest: Tokens that sentence-transformers cuts texts to, or None if unstated.
     """
 
     pooling: str

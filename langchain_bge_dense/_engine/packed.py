@@ -46,7 +46,7 @@ _SOFTWARE = ("langchain-bge-dense", "FlagEmbedding", "tokenizers", "torch", "tra
 
 
 def cache_folder() -> Path | None:
-    """Where the files are: in the hub's own cache, unless `VARIABLE` says otherwise; None: off."""
+    """Locate the files, in the hub's cache unless `VARIABLE` names a folder or turns them off."""
     from huggingface_hub import constants
 
     setting = os.environ.get(VARIABLE)
@@ -90,7 +90,7 @@ class PackedFile:
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def load(self) -> tuple[TextTokenizer, PackedEncoder] | None:
-        """Load tokenizer and layers; None: there is no such file, or no whole one."""
+        """Load tokenizer and layers, or None if the file is missing or incomplete."""
         path = None
         try:
             path = next(self._folder.glob(f"{self._prefix}{self._key}-*{_SUFFIX}"), None)
@@ -170,7 +170,7 @@ class PackedFile:
 
 
 def _text_of(tokenizer: Any) -> str | None:
-    """A tokenizer as JSON; None: JSON does not give it back as it is."""
+    """Serialize a tokenizer as JSON, or give None if JSON does not preserve it."""
     try:
         text: str = tokenizer.to_str()
         again = _tokenizer_of(text).to_str()

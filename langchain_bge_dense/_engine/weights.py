@@ -50,14 +50,14 @@ class CheckpointWeights:
         self.places = places
 
     def __call__(self, part: str) -> dict[str, Tensor]:
-        """Weights of a part, by their names in it."""
+        """Read the weights of a part, by their names in it."""
         wanted = {name: at for name, at in self.places.items() if name.startswith(f"{part}.")}
         files = {file: tensors_of(self._folder / file) for file in {f for f, _ in wanted.values()}}
         return {name[len(part) + 1 :]: files[file][key] for name, (file, key) in wanted.items()}
 
     @classmethod
     def find(cls, folder: Path, encoder: Any) -> CheckpointWeights | None:
-        """The weights that a transformers encoder was loaded from; None: files hold others."""
+        """Find the weights that an encoder was loaded from, or None if the files differ."""
         files = weight_files(folder)
         if not all(map(is_mappable, files)):
             return None
@@ -114,8 +114,8 @@ def write_parts(
 
     Args:
         stream: A new file.
-        facts: Kept as metadata.
-        tokenizer: Kept as a tensor, as it is large.
+        facts: Metadata of the file.
+        tokenizer: Stored as a tensor, as it is large.
         names: Of parts.
         parts: Gives them.
     """

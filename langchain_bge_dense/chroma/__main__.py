@@ -13,7 +13,7 @@ from langchain_chroma import Chroma
 from langchain_bge_dense._codes import Kind
 from langchain_bge_dense._options import add_settings
 from langchain_bge_dense.chroma.adopt import adopt
-from langchain_bge_dense.chroma.folder import check_there
+from langchain_bge_dense.chroma.folder import require_database
 from langchain_bge_dense.chroma.store import session_at
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        argv: The command and its options, which `--help` lists; None: those of this process.
+        argv: The command and its options, which `--help` lists, by default those of this process.
     """
     settings = vars(_parser().parse_args(argv))
     settings.pop("command")
@@ -80,7 +80,7 @@ def _adopt(
     source = None
     if to or name:
         there = _options_of(place)
-        check_there(there.get("persist_directory"))
+        require_database(there.get("persist_directory"))
         client = session_at(**there).client
         source = Chroma(collection, client=client, create_collection_if_not_exists=False)
     options |= {"source": source, "show_progress": True, **_options_of(to or place)}

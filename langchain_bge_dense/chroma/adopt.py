@@ -17,7 +17,7 @@ from langchain_bge_dense._engine.calls import reporting
 from langchain_bge_dense.chroma.collection import GuardedCollection
 from langchain_bge_dense.chroma.compaction import put_in_place
 from langchain_bge_dense.chroma.contents import Contents, Found, Origin, have_length, records_of
-from langchain_bge_dense.chroma.folder import check_there
+from langchain_bge_dense.chroma.folder import require_database
 from langchain_bge_dense.chroma.records import Record, record
 from langchain_bge_dense.chroma.session import COMPLETE, COPY, connect
 from langchain_bge_dense.chroma.settings import KEY, Wanted
@@ -74,9 +74,10 @@ def adopt(  # noqa: PLR0913 - those of `open_chroma`, and three
     Args:
         embeddings: The model that filled the collection.
         collection_name: Name of the store.
-        source: The collection, anywhere; None: the one at the store's own name and place.
+        source: The collection, anywhere; by default the one at the store's own name and place.
         source_max_length: Tokens at which the other tool cut texts. Longer ones are embedded again,
-            as their vectors are of their beginning alone. None: it cut none, which is checked.
+            as their vectors are of their beginning alone. By default none may be cut, which is
+            checked.
         persist_directory: As in `open_chroma`; this, `client` or another place is needed.
         client: As in `open_chroma`.
         lexical: As in `open_chroma`.
@@ -114,7 +115,7 @@ def adopt(  # noqa: PLR0913 - those of `open_chroma`, and three
         return open_chroma(embeddings, name, **options)
 
     if source is None:
-        check_there(persist_directory)
+        require_database(persist_directory)
     with closing(session_at(**place)) as session:
         _check_shared(session, client)
         session.acquire_writer()
@@ -207,7 +208,7 @@ class Adoption:
         logger.info("Adopted: %s passages as %r", f"{copied:,}", self._target.name)
 
     def _copy(self, open_: Callable[..., BGEM3Chroma]) -> BGEM3Chroma:
-        """The store that is written, as a run before has left it."""
+        """Open the store to write, with what an earlier run has written."""
         carried = {k: v for k, v in self._old.metadata.items() if not k.startswith("hnsw:")}
         carried = {**carried, _FROM: self._id, COMPLETE: False}
         carried.pop(KEY, None)  # of a store, which has settings of its own
@@ -289,7 +290,7 @@ def _check_shared(session: Session, client: ClientAPI | None) -> None:
 
 
 def _collection_of(source: object) -> GuardedCollection:
-    """The collection of a `Chroma` of the caller's."""
+    """Open the collection of the caller's `Chroma`."""
     if not isinstance(source, Chroma):
         msg = (
             f"source is {type(source).__name__}. Pass the Chroma that has the collection: "

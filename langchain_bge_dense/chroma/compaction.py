@@ -27,7 +27,7 @@ _PAGE = 1_000
 
 @dataclass(frozen=True)
 class CompactResult:
-    """What `compact` did.
+    """Size of a store after a run of `compact`, and its bytes before and after.
 
     Attributes:
         passages: How many the collection holds.

@@ -47,7 +47,7 @@ def records_of(collection: GuardedCollection, *, vectors: bool) -> Iterator[Foun
 
 
 class Contents:
-    """What a collection holds, read once from its start to its end.
+    """Read a collection once, from its start to its end.
 
     Args:
         collection: The collection.
@@ -118,17 +118,17 @@ class Sample(NamedTuple):
 
 
 def have_length(vectors: NDArray[Any]) -> Any:
-    """Whether a vector can be brought to unit length, or which of `(N, D)` can."""
+    """Tell which vectors of `(N, D)`, or whether one of `(D,)`, can have unit length."""
     lengths = np.linalg.norm(np.asarray(vectors, np.float64), axis=-1)
     return np.isfinite(lengths) & (lengths > 0)
 
 
 class Origin:
-    """The model that is said to have embedded the texts of a collection.
+    """Check that a model embedded the texts of a collection.
 
     Args:
         embeddings: The model.
-        max_length: Tokens at which the texts were cut; None: as the model cuts them.
+        max_length: Tokens at which the texts were cut, by default the model's own limit.
 
     Raises:
         TypeError: The embeddings do not count tokens.
@@ -153,7 +153,7 @@ class Origin:
         return changed
 
     def has_cut(self, text: str) -> bool:
-        """Whether a text has more tokens than its vector is of."""
+        """Tell whether a text has more tokens than were embedded."""
         limit = self._max_length
         if limit is None or 2 * len(text) < limit:  # few characters have two tokens
             return False

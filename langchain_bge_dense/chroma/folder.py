@@ -318,8 +318,8 @@ class Folder:
                 raise
             raise self.error(error) from error
 
-    def is_there(self) -> bool:
-        """Whether Chroma's database exists."""
+    def has_database(self) -> bool:
+        """Tell whether the folder holds a Chroma database."""
         return self._database_file.exists()
 
     def error(self, reason: Exception) -> OSError:
@@ -330,7 +330,7 @@ class Folder:
                 f"{self.path!r} may not be written to: {reason}. Give this process the right to "
                 "write to the folder and to all files in it, or take another folder."
             )
-        if not self.is_there():
+        if not self.has_database():
             return FileNotFoundError(
                 f"{self.path!r} holds no chroma.sqlite3 any more: {reason}. The folder was removed "
                 "or emptied while it was open. Open the collection again and index its documents."
@@ -357,9 +357,9 @@ def folder_of(path: str | os.PathLike[str]) -> Folder:
         return _folders[real]
 
 
-def check_there(folder: str | os.PathLike[str] | None) -> None:
+def require_database(folder: str | os.PathLike[str] | None) -> None:
     """Check that a folder, if it is one, has a Chroma, which would be made otherwise."""
-    if folder is not None and not folder_of(folder).is_there():
+    if folder is not None and not folder_of(folder).has_database():
         msg = f"There is no Chroma in {os.fspath(folder)!r}. Correct the folder."
         raise FileNotFoundError(msg)
 

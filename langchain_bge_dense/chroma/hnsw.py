@@ -189,7 +189,7 @@ def _connect(links: NDArray[np.uint32], counts: NDArray[np.int64], entry: int) -
 
 
 def _reached(links: NDArray[np.uint32], counts: NDArray[np.int64], entry: int) -> NDArray[np.bool_]:
-    """Whether a walk along links from the entry point reaches an element, `(N,)`."""
+    """Tell which elements links from the entry point reach, `(N,)`."""
     reached = np.zeros(len(links), np.bool_)  # (N,)
     front = np.array([entry])
     while len(front):
@@ -202,7 +202,7 @@ def _reached(links: NDArray[np.uint32], counts: NDArray[np.int64], entry: int) -
 
 
 def _has_links(file: Path, count: int) -> bool:
-    """Whether a file holds, for each element, the number of bytes of its links and these."""
+    """Check that a file holds, for each element, the size of its links in bytes and the links."""
     content, offset = file.read_bytes(), 0
     for _ in range(count):
         offset += 4 + int.from_bytes(content[offset : offset + 4], "little")

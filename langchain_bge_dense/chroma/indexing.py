@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class IndexResult:
-    """What `index_documents` or `index_vectors` did.
+    """Counts of a run of `index_documents` or `index_vectors`.
 
     Attributes:
         added: Documents that were stored.
@@ -260,7 +260,7 @@ class Run:
 
     @property
     def done(self) -> IndexResult:
-        """The counts so far."""
+        """Counts so far."""
         skipped = self._seen - self._added
         return IndexResult(self._added, skipped, self._truncated, self._tokens)
 

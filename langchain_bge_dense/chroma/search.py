@@ -36,7 +36,7 @@ class Search:
         count: How many candidates of each signal.
         weights: Of the dense, lexical and ColBERT score.
         fusion: How the scores are added up.
-        colbert: Whether candidates are scored by ColBERT; None: where the store keeps codes.
+        colbert: Score candidates by ColBERT; by default where the store keeps codes.
         colbert_k: How many; None for what suits the store.
         filters: Chroma's `where` and `where_document`, if there are any.
     """

@@ -73,7 +73,7 @@ class Encoded(NamedTuple):
 
     @property
     def truncated(self) -> int:
-        """How many passages were cut."""
+        """Count the passages that were cut."""
         return sum(length is not None for length in self.cut_at or ())
 
     def added_to(self, found: Sequence[Kept]) -> Encoded:

@@ -322,11 +322,11 @@ def open_chroma(  # noqa: PLR0913 - LangChain has more
             folder, `client` and `host` the data is in memory, of this store alone.
         client: A Chroma client of your own, `chromadb.HttpClient(...)` for example. To share a
             collection in memory, pass one `chromadb.EphemeralClient()` each time.
-        lexical: Store lexical weights of the same forward pass too, for `BGEM3Retriever`. It is
-            written to the collection; None: as the collection has it, False for a new one.
+        lexical: Store lexical weights of the same forward pass too, for `BGEM3Retriever`. The
+            collection records the choice, which is the default afterwards; False for a new one.
         colbert: Keep ColBERT vectors of the same forward pass too, in codes of `"1bit"` (also
             True), `"2bit"` or `"int8"` a dimension: for a passage of 200 tokens of BGE-M3 26, 52
-            or 205 KB. It is written to the collection; None: as the collection has it.
+            or 205 KB. The collection records the choice, the default afterwards.
         colbert_pooling: Tokens that share a vector on average; 2 halves the codes.
         chroma_options: Anything else for `langchain_chroma.Chroma`: `host`, `port`, `ssl`,
             `headers`, `tenant`, `database`, `collection_metadata`, `collection_configuration`...

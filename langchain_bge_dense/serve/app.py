@@ -126,7 +126,7 @@ def create_app(  # noqa: PLR0913
 
     Args:
         embeddings: The model; loaded with the first request where `load` was not called.
-        api_key: That callers must send; None: anyone may call.
+        api_key: Key that callers must send; without one, anyone may call.
         max_texts: Texts that are encoded at once, with ColBERT vectors 1/64 of them. A request of
             `BGEM3Embeddings` has no more; those of other clients run in up to 32 parts.
         max_body: Bytes of one request.

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve a model until SIGTERM or Ctrl-C, which let what runs finish.
 
     Args:
-        argv: Options of the command line, which `--help` lists; None: those of this process.
+        argv: Options of the command line, which `--help` lists, by default those of this process.
     """
     parser = _parser()
     arguments = vars(parser.parse_args(argv))

@@ -65,7 +65,7 @@ async def embed(http: Request, asked: InputRequest) -> Response:
 
 @router.post("/api/embeddings")
 async def embeddings(http: Request, asked: PromptRequest) -> Response:
-    """The dense vector of one text."""
+    """Embed one text."""
     await service_of(http).check(asked.model)
     [vector], _ = await _vectors(http, [asked.prompt], asked.options)
     return json_reply(f'{{"embedding": {vector}}}')
@@ -82,7 +82,7 @@ async def _vectors(
 
 @router.get("/api/tags")
 def tags(http: Request) -> dict[str, Any]:
-    """The names that the one model answers to."""
+    """List the names that the one model answers to."""
     service = service_of(http)
     digest = service.embeddings.session().checkpoint.digest
     names = [f"{name}:latest" for name in service.names]
@@ -91,5 +91,5 @@ def tags(http: Request) -> dict[str, Any]:
 
 @router.get("/api/version")
 def version_() -> dict[str, str]:
-    """The version of this package."""
+    """Answer with the version of this package."""
     return {"version": version("langchain-bge-dense")}

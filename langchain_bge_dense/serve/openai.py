@@ -69,7 +69,7 @@ def _base64(vector: NDArray[np.float32]) -> str:
 
 @router.get("/v1/models")
 def models(http: Request) -> dict[str, Any]:
-    """The names that the one model answers to."""
+    """List the names that the one model answers to."""
     data = [
         {"id": name, "object": "model", "created": 0, "owned_by": "langchain-bge-dense"}
         for name in service_of(http).names

@@ -78,13 +78,13 @@ def info(http: Request) -> dict[str, Any]:
 
 @router.get("/health")
 async def health() -> dict[str, str]:
-    """Whether the server runs."""
+    """Tell whether the server runs."""
     return {"status": "ok"}
 
 
 @router.get("/ready")
 async def ready(http: Request) -> Response:
-    """Whether the model is loaded: 200, or 503."""
+    """Answer 200 if the model is loaded, else 503."""
     return Response(status_code=200 if service_of(http).ready else 503)
 
 

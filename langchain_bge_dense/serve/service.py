@@ -57,12 +57,12 @@ class EncodeRequest(BaseModel):
     first: int = 0
     """Index of the first text, for errors."""
     digest: str | None = None
-    """Of the checkpoint that it has to be."""
+    """Required fingerprint of the checkpoint."""
     pooling: str | None = None
-    """The pooling that it has to have."""
+    """Required pooling."""
 
     def options(self, embeddings: BGEM3Embeddings) -> Options:
-        """The server's options, changed by what was given."""
+        """Apply the request's options to the server's."""
         session = embeddings.session()
         options = session.queries if self.query else session.documents
         if self.max_length is not None:
@@ -205,7 +205,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether the model is loaded."""
+        """Tell whether the model is loaded."""
         return self.embeddings._engine is not None  # noqa: SLF001
 
     def info(self) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class Service:
 
 
 def is_query(purpose: Purpose | None) -> bool:
-    """Whether a text is a query; it is a document where nothing is said."""
+    """Tell whether a text is a query; the default is a document."""
     return purpose in ("query", "search_query")
 
 
@@ -279,7 +279,7 @@ def json_reply(content: str) -> Response:
 
 
 def service_of(http: Request) -> Service:
-    """The service behind the application that a request is for."""
+    """Look up the service behind a request's application."""
     service: Service = http.app.state.service
     return service
 
@@ -294,7 +294,7 @@ def _plain(name: str) -> str:
 
 
 async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of work that is cancelled when the caller hangs up."""
+    """Await work, and cancel it when the caller hangs up."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(http))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

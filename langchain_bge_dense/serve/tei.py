@@ -31,14 +31,14 @@ router = APIRouter(tags=["text-embeddings-inference"])
 
 
 class Parameters(BaseModel):
-    """How texts are encoded; what is null is as the server was told."""
+    """Options of encoding, by default the server's."""
 
     truncate: bool | None = None
     truncation_direction: Literal["right", "Right"] | None = None
     prompt_name: Purpose | None = None
 
     def request(self, texts: list[Any], **outputs: Any) -> EncodeRequest:
-        """The request of the service for such texts."""
+        """Convert to a request of the service."""
         query, cut = is_query(self.prompt_name), on_truncate(self.truncate)
         return EncodeRequest(texts=texts, query=query, on_truncate=cut, **outputs)
 
