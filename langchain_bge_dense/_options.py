@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_settings(group: argparse._ArgumentGroup, *, without: Sequence[str]) -> None:
-    """Add an option for each setting; those that are not given are left out of what is parsed."""
+    """Add an option for each setting. Options that are not given are absent from the result."""
     for name, field in BGEM3Embeddings.model_fields.items():
         if name not in without:
             _add_setting(group, name, field)

@@ -22,7 +22,7 @@ _RRF_RANK = 60  # k of reciprocal rank fusion (Cormack, Clarke and Buettcher, SI
 
 
 def score_key(name: str) -> str:
-    """The metadata key of a score; no user has keys with this prefix.
+    """Name the metadata key of a score. Users have no keys with this prefix.
 
     >>> score_key("dense")
     'bge_m3_dense_score'
@@ -55,7 +55,7 @@ def dense_scores(query: NDArray[np.float32], passages: NDArray[np.float32]) -> N
 
 
 def cosines(vectors: np.ndarray[Any, Any], query: np.ndarray[Any, Any]) -> Any:
-    """Compute the cosines of `(N, D)` vectors and a `(D,)` one, `(N,)`; 0 for a zero vector.
+    """Compute the cosines of `(N, D)` vectors and a `(D,)` one, `(N,)`. A zero vector has 0.
 
     >>> cosines(np.array([[3.0, 0.0], [3.0, 4.0], [0.0, 0.0]]), np.array([2.0, 0.0]))
     array([1. , 0.6, 0. ])

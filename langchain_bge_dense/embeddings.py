@@ -261,13 +261,13 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         return self._dense([text], self.session().queries)[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
-        """`embed_documents` for an event loop; cancelling it drops the texts that have not run."""
+        """Run `embed_documents` for an event loop. Cancelling drops the texts that have not run."""
         if hasattr(texts, "__len__") and len(texts) == 0:  # `not texts` would refuse an array
             return []
         return await self._adense(texts, query=False)
 
     async def aembed_query(self, text: str) -> list[float]:
-        """`embed_query` for an event loop; cancelling it drops the query."""
+        """Run `embed_query` for an event loop. Cancelling drops the query."""
         return (await self._adense([text], query=True))[0]
 
     def _dense(self, texts: list[str], options: Options, **progress: bool) -> list[list[float]]:
@@ -406,7 +406,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         return self
 
     def close(self) -> None:
-        """Let go of the model, which is freed with its last user; a later call loads it again.
+        """Release the model, which is freed with its last user. A later call loads it again.
 
         Example:
             >>> BGEM3Embeddings(model=checkpoint).load().close()
@@ -414,7 +414,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         self._engine = self._session = None
 
     def session(self) -> Session:
-        """Read checkpoint and options, for the other parts of this package; loads no weights."""
+        """Read checkpoint and options, for the rest of this package, without loading weights."""
         session: Session | None = self._session  # read once: `close` may come at any moment
         if session is None:
             local = self.base_url is None
@@ -482,7 +482,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
 
 
 def _floats(encoding: M3Encoding) -> list[list[float]]:
-    """Dense vectors as Python floats; row by row, so that other threads come to run."""
+    """Convert dense vectors to Python floats, row by row, so that other threads run meanwhile."""
     return [vector.tolist() for vector in encoding.dense]  # type: ignore[union-attr]
 
 

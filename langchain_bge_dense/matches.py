@@ -103,7 +103,7 @@ class Word:
         return sum(token.weight for token in self.tokens)
 
     def shared(self, ids: Collection[int]) -> str:
-        """The word, with an ellipsis for tokens that are not among `ids`."""
+        """Write the word, with an ellipsis for tokens that are not among `ids`."""
         parts = (token.text if token.id in ids else "…" for token in self.tokens)
         return re.sub("…+", "…", "".join(parts))
 
@@ -303,7 +303,7 @@ def _stored(
 def _spans(
     embeddings: BGEM3Embeddings, text: str, instruction: str = ""
 ) -> list[tuple[int, int, int]]:
-    """Ids of tokens and where in the text they are; those of an instruction have no width."""
+    """Find tokens and their spans in the text. Those of an instruction have no width."""
     found = embeddings.engine().token_spans(instruction + text)
     offset = len(instruction)
     return [(id_, max(start - offset, 0), max(end - offset, 0)) for id_, start, end in found]
@@ -393,7 +393,7 @@ def _touch(text: str, before: Mark, after: Mark) -> bool:
 
 
 def _bare(text: str, mark: Mark) -> tuple[int, int] | None:
-    """Ends of a mark without punctuation around it; None where there is nothing else."""
+    """Strip punctuation from the ends of a mark, if anything else remains."""
     found = re.search(r"\w(?:.*\w)?", text[mark.start : mark.end], re.DOTALL)
     return (mark.start + found.start(), mark.start + found.end()) if found else None
 
@@ -403,7 +403,7 @@ def _escape(text: str) -> str:
 
 
 def _quoted(html: str) -> str:
-    """A token beside a number, which a hyphen would make a negative one."""
+    """Quote a token beside a number, which a hyphen would make a negative one."""
     return f"“{html}”"
 
 
@@ -429,7 +429,7 @@ def _word_html(word: Word, words: Iterable[Word]) -> str:
 
 
 def _marked(text: str, marks: Sequence[Mark], underlined: Sequence[Mark]) -> str:
-    """A passage with marks and underlined places, cut to what surrounds them."""
+    """Write a passage with marks and underlined spans, cut to what surrounds them."""
 
     def inner(start: int, end: int) -> str:
         return _annotated("u", start, end, underlined, lambda *ends: _escape(_cut(text, *ends)))
@@ -466,7 +466,7 @@ def _tagged(tag: str, html: str, strength: float) -> str:
 
 
 def _similar_html(match: Match) -> str:
-    """Tokens of the query and what is most similar to them; punctuation is left out."""
+    """Write the tokens of the query and what is most similar to each, without punctuation."""
     if not match.similar:
         return ""
     tokens = (

@@ -129,7 +129,7 @@ class BGEM3Retriever(BaseRetriever):
         return asked.search(query).documents(scores=self.scores)
 
     def _with(self, options: dict[str, Any]) -> Self:
-        """A validated copy with the options of one call."""
+        """Make a validated copy with the options of one call."""
         if not options:
             return self
         return type(self)(**{**dict(self), **options}).sharing(self._warned)

@@ -83,7 +83,7 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def request(self, texts: list[str], first: int, outputs: Outputs, options: Options) -> Running:
-        """A request for checked texts, `first` being the caller's index of the first one."""
+        """Make a request for checked texts, `first` being the caller's index of the first one."""
 
     @abstractmethod
     def enqueue(self, request: Any) -> None:
@@ -113,7 +113,7 @@ class BaseEngine(ABC):
         show_progress: bool = False,
         **outputs: bool,
     ) -> M3Encoding:
-        """Encode N texts for the `Outputs` named; a bar shows how many of several have run."""
+        """Encode N texts for the `Outputs` named, with a progress bar for several."""
         texts = list(checked_texts(texts))
         call = Call(self, texts, Outputs(**outputs), options)
         with contextlib.closing(call), _bar(len(texts), show=show_progress) as shown:
@@ -125,7 +125,7 @@ class BaseEngine(ABC):
     async def aencode(
         self, texts: Iterable[str], options: Options, *, first: int = 0, **outputs: bool
     ) -> M3Encoding:
-        """`encode` for an event loop; cancelling it drops the texts that have not run."""
+        """Encode for an event loop. Cancelling drops the texts that have not run."""
         call = Call(self, list(checked_texts(texts)), Outputs(**outputs), options, first)
         with contextlib.closing(call):
             while (request := await asyncio.to_thread(call.advance)) is not None:
@@ -248,7 +248,7 @@ def windows(
 
 
 def checked_texts(texts: Iterable[str]) -> Iterable[str]:
-    """Check that texts are an iterable; its items are checked one by one."""
+    """Check that texts are an iterable, whose items are checked one by one later."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         msg = (
             f"A single {type(texts).__name__} was passed where a list of texts is expected. "
@@ -331,7 +331,7 @@ def reporting(report: Callable[[int], object]) -> Iterator[None]:
 
 
 def result(future: Future[T]) -> T:
-    """Wait for a future; Ctrl-C ends the wait."""
+    """Wait for a future, until Ctrl-C."""
     # A wait without a limit cannot be interrupted on every platform.
     while not future.done():
         with contextlib.suppress(FutureTimeoutError):

@@ -70,7 +70,7 @@ class Checkpoint:
     modules: Modules
 
     def longest(self, max_length: int | None) -> int:
-        """Check a `max_length`; None is the number of positions."""
+        """Check a `max_length`, by default the number of positions."""
         if max_length is not None and max_length > self.positions:
             msg = (
                 f"max_length={max_length:,} is more than the {self.positions:,} positions of "
@@ -121,7 +121,7 @@ def _digested(modules: Modules) -> str:
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Compare names and shapes of all tensors with the model; runs no code of the files."""
+    """Compare names and shapes of all tensors with the model, without running code of the files."""
     files = weight_files(checkpoint.folder)
     for file in files:
         shapes(file)  # names the one that is damaged
@@ -167,7 +167,7 @@ def _refuse_additions(file: Path, names: Iterable[str]) -> None:
 
 
 def _load_without_data(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The model that transformers makes of a checkpoint, and how the files fit it."""
+    """Build the model of a checkpoint without its data, and report how the files fit."""
     import transformers
 
     try:

@@ -216,7 +216,7 @@ class Client(BaseEngine):
         return json.loads(_run(self._ask("POST", path, json.dumps(question).encode())))
 
     async def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """Request a reply, again where nobody answers; raise the errors of the engine there."""
+        """Request a reply, retry without an answer, and raise the errors of the server's engine."""
         try:
             return await self._retrying()(self._ask_once, method, path, body)
         except httpx.NetworkError as error:  # that is not temporary
@@ -297,7 +297,7 @@ class Client(BaseEngine):
         return self._https[os.getpid()]
 
     def _certificates(self) -> ssl.SSLContext | bool:
-        """Certificates to check the server by; none are read where it has none."""
+        """Read certificates to check the server by, if it uses TLS."""
         if not self._url.startswith("https://"):
             return False
         try:
@@ -335,7 +335,7 @@ _lock = forkable_lock()
 
 
 def shared_client(base_url: str, api_key: str | None) -> Client:
-    """The client of these settings."""
+    """Get the client of these settings, one in each process."""
     with _lock:
         client = _clients.get((base_url, api_key))
         if client is None:
@@ -344,7 +344,7 @@ def shared_client(base_url: str, api_key: str | None) -> Client:
 
 
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """The event loop of this process, in a thread of its own."""
+    """Start the event loop of this process, in a thread of its own."""
     with _lock:
         loop = _loops.get(os.getpid())
         if loop is None:
@@ -362,7 +362,7 @@ def _run(work: Coroutine[Any, Any, bytes]) -> bytes:
 
 
 def _close(https: dict[int, httpx.AsyncClient]) -> None:
-    """Close the connections of this process; those of a parent are its own."""
+    """Close the connections of this process, but not those of its parent."""
     http, loop = https.get(os.getpid()), _loops.get(os.getpid())
     if http is not None and loop is not None:
         loop.call_soon_threadsafe(lambda: loop.create_task(http.aclose()))

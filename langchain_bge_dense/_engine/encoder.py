@@ -246,7 +246,7 @@ class Heads:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is the device's or the system's "no memory left".
+    """Tell whether an exception says that device or system have no memory left.
 
     >>> is_out_of_memory(RuntimeError("MPS backend out of memory"))
     True

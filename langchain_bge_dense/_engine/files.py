@@ -54,12 +54,12 @@ class Parsing(AbstractContextManager[None]):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, without its full stop."""
+    """Extract the first line of an error's text, without its full stop."""
     return str(error).strip().partition("\n")[0].rstrip(" .")
 
 
 def damaged(file: Path, reason: str) -> BrokenCheckpointError:
-    """The error of a file that is not as it was written."""
+    """Make the error of a damaged file."""
     with file.open("rb") as stream:
         if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
             reason = "it is a pointer of Git LFS in place of the file (`git lfs pull` fetches it)"
@@ -84,7 +84,7 @@ def read_json(file: Path, kind: type = dict) -> Any:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Find the weight files in a folder, safetensors before `.bin`; there has to be one."""
+    """Find the weight files in a folder, safetensors before `.bin`. At least one is required."""
     for single in WEIGHTS:
         if (folder / single).exists():
             return [folder / single]
@@ -122,13 +122,13 @@ def check_container(file: Path) -> None:
 
 
 def is_mappable(file: Path) -> bool:
-    """Whether a file of tensors is laid out so that it can be mapped, as all since PyTorch 1.6."""
+    """Tell whether a file of tensors can be mapped, as all since PyTorch 1.6."""
     with file.open("rb") as stream:
         return stream.read(len(_BEFORE_PYTORCH_1_6)) != _BEFORE_PYTORCH_1_6
 
 
 def shapes(file: Path) -> Shapes:
-    """Read names and shapes of the tensors in a file; runs no code of it."""
+    """Read names and shapes of the tensors in a file, without running code of it."""
     if file.suffix == ".safetensors":
         with Parsing(file), safe_open(file, framework="np") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
@@ -136,7 +136,7 @@ def shapes(file: Path) -> Shapes:
 
 
 def tensors_of(file: Path, device: str = "cpu") -> dict[str, Any]:
-    """Read the tensors in a file, views of it where it is mappable; runs no code of it."""
+    """Read the tensors in a file, mapped if possible, without running code of it."""
     import torch
     from safetensors.torch import load_file
 

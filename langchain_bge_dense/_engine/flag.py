@@ -37,7 +37,7 @@ _MODULES = (
 
 @cache
 def flag_model_class() -> type[BGEM3FlagModel]:
-    """Import `BGEM3FlagModel`; as usual where FlagEmbedding's files are laid out otherwise."""
+    """Import `BGEM3FlagModel`, without the rest of FlagEmbedding if possible."""
     try:
         embedder: type[BGEM3FlagModel] = _Importer().module(_EMBEDDER).M3Embedder
     except (ImportError, OSError, AttributeError):

@@ -146,7 +146,7 @@ def _require_modules(source: HubSource, folder: Path) -> None:
 
 
 def _explain(error: Exception, source: HubSource) -> OSError:
-    """The hub's error as a builtin one that says what to do."""
+    """Translate the hub's error into a builtin one that says what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,

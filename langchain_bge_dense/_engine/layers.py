@@ -51,7 +51,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, encoder: Any) -> Shape:
-        """The numbers of a transformers encoder."""
+        """Read the shape of a transformers encoder."""
         config = encoder.config
         return cls(
             config.num_hidden_layers,
@@ -85,7 +85,7 @@ class PackedEncoder(nn.Module):
 
     @staticmethod
     def supports(config: Any) -> bool:
-        """Whether the layers below compute what a transformers config describes."""
+        """Tell whether the layers below compute what a transformers config describes."""
         return bool(
             config.model_type in MODEL_TYPES
             and config.hidden_act == "gelu"
@@ -110,7 +110,7 @@ class PackedEncoder(nn.Module):
 
 
 def module_weights(encoder: nn.Module) -> Weights:
-    """The parameters of a transformers encoder."""
+    """Read the parameters of a transformers encoder, part by part."""
     return lambda part: {
         name: weight.detach() for name, weight in encoder.get_submodule(part).named_parameters()
     }
@@ -268,7 +268,7 @@ def _scaled_dot_product(qkv: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _by_products(qkv: Tensor) -> Tensor:
-    """The same for one text in bfloat16, by batched products of some heads and queries at a time.
+    """Attention of one text in bfloat16, by batched products of some heads and queries at a time.
 
     A score that is rounded to bfloat16 is off by up to 0.4 %, too much where it is large. So a
     first product finds each query's largest score, and a second one takes it off before rounding,
@@ -295,7 +295,7 @@ def _by_products(qkv: Tensor) -> Tensor:
 
 
 def _runs(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Neighbours in runs of at most so many tokens; a longer text is a run of its own."""
+    """Group neighbours into runs of at most so many tokens. A longer text is its own run."""
     runs: list[list[int]] = []
     total = most + 1
     for length in lengths:
@@ -308,7 +308,7 @@ def _runs(lengths: Sequence[int], most: int) -> list[list[int]]:
 
 
 def _block_mask(run: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """A mask that keeps texts to themselves, `(T, T)`; None for one text."""
+    """Make a mask that separates the texts of a run, `(T, T)`. One text needs none."""
     if len(run) == 1:
         return None
     text = torch.from_numpy(np.repeat(np.arange(len(run)), run)).to(device)  # (T,)
@@ -330,7 +330,7 @@ class PaddedEncoder(nn.Module):
         self._padding = padding or 0  # nobody attends to it
 
     def forward(self, batch: Sequence[NDArray[np.int32]]) -> Tensor:
-        """Run B texts, each `(T_i,)`; gives `(S, D)` float32, as `PackedEncoder` does."""
+        """Run B texts, each `(T_i,)`, to `(S, D)` float32, as `PackedEncoder` does."""
         lengths = torch.tensor([len(ids) for ids in batch])  # (B,)
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
         ids = torch.full(mask.shape, self._padding, dtype=torch.int64)  # (B, T)

@@ -26,7 +26,7 @@ AMX = torch.cpu._is_amx_tile_supported()  # noqa: SLF001
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware, and PyTorch makes use of it.
+    """Tell whether PyTorch multiplies bfloat16 in hardware on this CPU.
 
     Without, PyTorch emulates bfloat16, slower than float32.
     """
@@ -111,7 +111,7 @@ class PlainLinear:
 
     @staticmethod
     def convert(weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight in the dtype of the product."""
+        """Cast a weight to the dtype of the product."""
         return weight.to(dtype)
 
 
@@ -151,7 +151,7 @@ class PlainInt8Linear:
 
     @classmethod
     def convert(cls, weight: Tensor, _dtype: torch.dtype) -> Quantized:
-        """The weight in codes, each row by its own scale."""
+        """Quantise a weight, each row by its own scale."""
         peaks = torch.cat([rows.abs().amax(1) for rows in torch.split(weight, _ROWS)])  # (N,)
         scales = peaks.clamp_(min=_SMALLEST_PEAK).div_(cls.weight_peak)  # (N,)
         rows = zip(torch.split(weight, _ROWS), torch.split(scales, _ROWS), strict=True)
@@ -248,7 +248,7 @@ def _packed(device: str, dtype: str, state_dtype: torch.dtype) -> Any:
 
 
 def _disagreement(packed: Any, plain: Any, dtype: torch.dtype) -> str | None:
-    """How a packed layer fails to give what the plain one gives, if it does."""
+    """Describe how a packed layer disagrees with its plain one, if it does."""
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (
         torch.randn(shape, generator=generator) for shape in ((48, 64), (48,), (5, 64))
@@ -265,7 +265,7 @@ def _disagreement(packed: Any, plain: Any, dtype: torch.dtype) -> str | None:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far two right products of 64 numbers may be apart, as a part of the largest.
+    """Compute how far two correct products of 64 numbers may differ, as a part of the largest.
 
     Sums of float32 products differ by their order; a narrower dtype rounds the sum once.
     """

@@ -197,7 +197,7 @@ def _encoder(  # noqa: PLR0913, PLR0917
     dtype: str,
     linear: LinearFactory,
 ) -> Encoder:
-    """Put an encoder together; `weights` are of the heads in `HEADS`, if there are any."""
+    """Assemble an encoder. `weights` are those of the heads in `HEADS`, if there are any."""
     modules, place = checkpoint.modules, linear.device
     heads = Heads(modules.pooling, [_behind_pooling(layer, place) for layer in modules.layers])
     if weights:

@@ -7,7 +7,7 @@ import threading
 
 
 def forkable_lock() -> threading.Lock:
-    """A lock for as long as the process lives.
+    """Make a lock that a forked child can use, for as long as the process lives.
 
     Another thread of a parent may hold it at a fork, and would never let it go in the child.
     """

@@ -105,7 +105,7 @@ class Module(NamedTuple):
 
 
 def listed_modules(folder: Path) -> list[Module]:
-    """List the modules of a model in order; without `modules.json`, those of BGE-M3."""
+    """List the modules of a model in order. Without `modules.json` they are BGE-M3's."""
     file = folder / MODULES_FILE
     if not file.exists():
         pooling = [Module("Pooling", "1_Pooling")] if (folder / POOLING_FILE).exists() else []
@@ -123,17 +123,17 @@ def listed_modules(folder: Path) -> list[Module]:
 
 
 def _kind(path: str) -> str:
-    """A class of sentence-transformers by its own name, which stays when it moves."""
+    """Name a class of sentence-transformers without its module, from which it may move."""
     return path.rpartition(".")[2] if path.startswith("sentence_transformers.") else path
 
 
 def transformer_folder(folder: Path) -> Path:
-    """Where the transformer of a model is: its own folder, or one in it."""
+    """Find the transformer of a model, in its own folder or one below."""
     return folder / listed_modules(folder)[0].path
 
 
 def read_modules(folder: Path, pooling: str) -> Modules:
-    """Read what is done beside running the transformer; `pooling` overrides the files."""
+    """Read what is done beside running the transformer. `pooling` overrides the files."""
     modules = listed_modules(folder)
     _check_kinds(folder, modules)
     pooled = next((folder / path for kind, path in modules if kind == "Pooling"), None)
@@ -273,7 +273,7 @@ def _transformer_settings(folder: Path) -> dict[str, Any]:
 
 
 def _prompts(file: Path) -> Prompts:
-    """Prompts for queries and documents; the default one for both where neither has its own."""
+    """Read the prompts of queries and documents, or the default one for both."""
     config = _optional(file)
     named = config.get("prompts") or {}
     if not isinstance(named, dict) or {type(text) for text in named.values()} - {str, type(None)}:

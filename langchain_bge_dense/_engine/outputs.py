@@ -130,7 +130,7 @@ def encoding_of(  # noqa: PLR0913
     unweighted: NDArray[np.int32],
     normalize: bool,
 ) -> M3Encoding:
-    """Put the outputs of N texts together; without texts, `dimension` is the width."""
+    """Join the outputs of N texts. `dimension` is the width of no texts."""
     counts = np.array([text.total for text in tokens], dtype=np.int64)  # (N,)
     scaled = normalized if normalize else np.asarray
     dense = lexical = colbert = None

@@ -79,7 +79,7 @@ class PackedFile:
         self._key = self._digest()
 
     def _digest(self) -> str:
-        """A digest of the checkpoint's files as they are now, and of the software here."""
+        """Digest the checkpoint's files as they are now, and the installed versions."""
         files = sorted(
             (entry.name, (status := entry.stat()).st_size, status.st_mtime_ns)
             for entry in os.scandir(self._checkpoint.folder)
@@ -181,7 +181,7 @@ def _text_of(tokenizer: Any) -> str | None:
 
 
 def _tokenizer_of(text: str) -> Any:
-    """A tokenizer of its JSON.
+    """Read a tokenizer from JSON.
 
     tokenizers rounds scores of Unigram when it parses them, so that other pieces may win.
     """
@@ -230,6 +230,6 @@ def _content_digest(path: Path) -> str:
 
 
 def _sources() -> list[bytes]:
-    """What decides how a file is written and read: none can be forgotten when it changes."""
+    """Read the sources that write and read a file, so that a change of any renews it."""
     files = importlib.resources.files(__package__).iterdir()
     return sorted(file.read_bytes() for file in files if file.name.endswith(".py"))

@@ -61,12 +61,12 @@ class Request:
     _rows: dict[int, TextOutputs] = field(default_factory=dict)
 
     def sequences(self) -> deque[Sequence]:
-        """The texts, the longest first: neighbours in a batch are of similar length."""
+        """Sort the texts, the longest first: neighbours in a batch are of similar length."""
         order = sorted(range(len(self.tokens)), key=lambda i: -len(self.tokens[i].ids))
         return deque(Sequence(self, index, self.tokens[index].ids) for index in order)
 
     def deliver(self, position: int, row: TextOutputs | None) -> None:
-        """Take the outputs of a text; with the last one the caller gets all."""
+        """Add the outputs of a text, and with the last one deliver all to the caller."""
         if row is None:
             msg = (
                 f"Text {self.first + position} has a non-finite vector, in float32 too. "
@@ -105,7 +105,7 @@ class Queue:
         return bool(self._waiting)
 
     def requests(self) -> list[Request]:
-        """The requests, the oldest first."""
+        """List the requests, the oldest first."""
         return list(self._waiting)
 
     def add(self, request: Request) -> None:
@@ -171,7 +171,7 @@ class Scheduler:
             self._ensure_thread()
 
     def reset(self) -> None:
-        """Start empty; a forked child does so too, as its parent's thread is not in it."""
+        """Start empty, in a forked child too, as its parent's thread is not in it."""
         self._lock = threading.Lock()
         self._inbox: SimpleQueue[Request | None] = SimpleQueue()
         self._queries = Queue()
@@ -202,7 +202,7 @@ class Scheduler:
             self._thread.join(_STOP_SECONDS)
 
     def step(self) -> bool:
-        """Load the encoder or run the next batch; False once the scheduler was stopped."""
+        """Load the encoder or run the next batch. Returns False once the scheduler was stopped."""
         if self._encoder is None:
             return self._load_encoder()
         arrived = self._receive()
@@ -232,7 +232,7 @@ class Scheduler:
         return True
 
     def _receive(self) -> list[Request]:
-        """Requests since the last batch; waits for one where there is nothing to do."""
+        """Receive the requests since the last batch, or wait for one if there is nothing to do."""
         requests = [] if self._queries or self._documents else [self._inbox.get()]
         while not self._inbox.empty():
             requests.append(self._inbox.get())
@@ -278,7 +278,7 @@ def _stop_all() -> None:
 
 
 def _leave_batch(_module: Any, _inputs: Any) -> None:
-    """End a batch at its next layer; run by PyTorch before each once Python is exiting."""
+    """End a batch at its next layer. PyTorch calls it before each once Python is exiting."""
     if threading.current_thread().name == _THREAD:
         raise SystemExit
 

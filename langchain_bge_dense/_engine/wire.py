@@ -45,7 +45,7 @@ def pack(encoding: M3Encoding) -> bytes:
 
 
 def unpack(replies: Sequence[bytes]) -> M3Encoding:
-    """The encoding of one call, of which each reply has the next texts; one reply at least."""
+    """Join the replies of one call, at least one, each with the next texts."""
     parts = [load(reply) for reply in replies]
 
     def joined(name: str) -> NDArray[Any]:

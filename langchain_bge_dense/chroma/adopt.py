@@ -217,7 +217,7 @@ class Adoption:
         return copy
 
     def _fill(self, passages: Passages, origin: Origin, *, show_progress: bool) -> int:
-        """Write the passages that are not there yet; gives how many there are."""
+        """Write the missing passages, and count all."""
         total, done, copied = self._old.count(), 0, 0
         with tqdm(desc="Adopting", total=total, unit=" records", disable=not show_progress) as bar:
             for batch in batch_iterate(_BATCH, records_of(self._old, vectors=True)):

@@ -243,7 +243,7 @@ class GuardedCollection:
 
 
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Turn columns into rows of passages; one without a text was deleted meanwhile."""
+    """Turn columns into rows of passages, without those that were deleted meanwhile."""
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     return [row for row in rows if row["documents"] is not None]
 

@@ -409,7 +409,7 @@ def check_process() -> None:
 
 
 def _forget_parent() -> None:
-    """In a forked child, keep what the parent had of Chroma from being used or stopped."""
+    """Keep a forked child from using or stopping its parent's Chroma."""
     systems = _systems()
     local = [name for name, system in systems.items() if "Rust" in system.settings.chroma_api_impl]
     if _Process.started or local:

@@ -117,7 +117,7 @@ def drop_backup(index: Path, backup: Path) -> None:
 
 
 def restore(index: Path, backup: Path) -> None:
-    """Give an index the state of its backup; it can be killed and run again."""
+    """Restore an index from its backup. A killed restore can be repeated."""
     if not (backup / HEADER).exists():  # of an index that had not been persisted before
         shutil.rmtree(index, ignore_errors=True)
     else:
@@ -131,7 +131,7 @@ def restore(index: Path, backup: Path) -> None:
 
 
 def trim(index: Path) -> None:
-    """Cut off what the files of an index hold beyond its elements; damaged ones stay as they are.
+    """Cut the files of an index to its elements. Damaged ones stay as they are.
 
     The index is of cosine distance: for others Chroma writes lengths that it has not set.
     """

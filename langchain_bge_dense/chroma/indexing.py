@@ -159,7 +159,7 @@ async def aindex_documents(
     show_progress: bool = False,
     lexical: bool | None = None,
 ) -> IndexResult:
-    """`index_documents` for an event loop; takes a loader's `alazy_load()` too.
+    """Run `index_documents` for an event loop, also on a loader's `alazy_load()`.
 
     Reading, embedding and storing run in threads. A coroutine that is cancelled leaves the batch in
     hand to its thread, which finishes it, and begins no other.

@@ -74,7 +74,7 @@ class LexicalScores(NamedTuple):
         return list(dict.fromkeys(ids))  # one that is being replaced is there twice
 
     def of(self, keys: Sequence[str]) -> NDArray[np.float32]:
-        """Look up scores of passages, `(len(keys),)`; NaN for one without weights of its text."""
+        """Look up scores of passages, `(len(keys),)`. One without weights of its text has NaN."""
         scores = np.full(len(keys), np.nan, np.float32)
         for place, key in enumerate(keys):
             number = self.numbers.get(key)
@@ -134,7 +134,7 @@ class LexicalIndex:
         return len(self._numbers)
 
     def scores(self, query: Mapping[int, float]) -> LexicalScores:
-        """Compute the scores of all passages by token id and weight; 0 for deleted ones."""
+        """Compute the scores of all passages by token id and weight. Deleted ones have 0."""
         with self._lock:
             parts, alive = self._parts, self._alive
             tables = (self._hashes, self._keys, self._numbers)

@@ -99,7 +99,7 @@ class Passages:
         self._change(lambda found: wanted.added_to(found, self.collection.name))
 
     def codec(self) -> Codec | None:
-        """Find the codec of the ColBERT vectors, if any are kept; the first ones decide it."""
+        """Find the codec of the ColBERT vectors, which the first ones decide."""
         if self.settings.colbert and not self.settings.mean:
             self._change(lambda found: found if found.mean else found.with_mean_of(self._model))
         return self._codec
@@ -113,7 +113,7 @@ class Passages:
             self.refresh()
 
     def count_without_weights(self) -> tuple[int, int]:
-        """Count the passages without lexical weights, and all; reads new weights into the index.
+        """Count the passages without lexical weights, and all, after reading new weights.
 
         Chroma goes through all to count them: where a version tells, once until it changes.
         """

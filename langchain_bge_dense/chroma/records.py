@@ -67,7 +67,7 @@ class Record(NamedTuple):
 
 
 def record(document: Any, position: int) -> Record:
-    """Check one document and give it its id; errors name its position.
+    """Check one document, whose position errors name, and make its record.
 
     >>> record(Document("a text", metadata={"page": 1, "author": None}), 0).metadata
     {'page': 1}

@@ -112,7 +112,7 @@ class Session:
         return None
 
     def refresh(self) -> None:
-        """Check that the session is usable; begin another epoch if another process has written."""
+        """Check that the session is usable. Begin another epoch if another process has written."""
         if self._process != os.getpid():
             msg = (
                 f"The store was opened by process {self._process} and is used in its forked child "

@@ -252,7 +252,7 @@ def _check_space(collection: Collection, embeddings: Embeddings, place: str) -> 
 
 
 def _command(name: str, embeddings: Embeddings, place: str) -> str:
-    """What to type to adopt a collection that another process can open."""
+    """Write the command that adopts a collection which another process can open."""
     model = underlying(embeddings)
     if not place or not isinstance(model, BGEM3Embeddings):
         return ""

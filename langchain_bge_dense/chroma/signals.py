@@ -77,7 +77,7 @@ class Encoded(NamedTuple):
         return sum(length is not None for length in self.cut_at or ())
 
     def added_to(self, found: Sequence[Kept]) -> Encoded:
-        """Leave what a table lacks of these passages; where their vectors were cut stays."""
+        """Select the signals that a table lacks, with its lengths of cut vectors."""
 
         def lacking(column: str, values: Sequence[bytes | None] | None) -> Any:
             kept = (getattr(has, column) for has in found)
@@ -144,7 +144,7 @@ class Signals(ABC):
         return CollectionSignals(session, name)
 
     def put(self, keys: Sequence[str], encoded: Encoded) -> None:
-        """Write signals of passages; those that are not given stay."""
+        """Write signals of passages. Absent ones stay as they are."""
         rows = {row.key: row for row in encoded.rows(keys)}
         empty = [key for key, row in rows.items() if row == Row(key)]
         unknown = set(empty).difference(self.kept(empty))
@@ -373,7 +373,7 @@ def _entry(keys: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def _records(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Make records of a row; Chroma removes a value that is None, and keeps one left out."""
+    """Make records of a row. Chroma removes a value that is None, and keeps an absent one."""
     lexical = {} if row.lexical is None else {"lexical": base64.b64encode(row.lexical).decode()}
     yield row.key, {"kind": "row", "cut_at": row.cut_at, **lexical}
     if row.codes is not None:

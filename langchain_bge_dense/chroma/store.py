@@ -150,7 +150,7 @@ class BGEM3Chroma(Chroma):
         ids: list[str] | None = None,
         **kwargs: Any,  # noqa: ARG002 - LangChain's signature
     ) -> list[str]:
-        """Embed and store texts; a text takes the place of the one with its id.
+        """Embed and store texts. A text replaces the one with its id.
 
         Args:
             texts: The texts.
@@ -186,16 +186,16 @@ class BGEM3Chroma(Chroma):
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], *args: Any, **kwargs: Any) -> Self:
-        """Open a store and add texts of any iterable to it; see `open_chroma` and `add_texts`."""
+        """Open a store and add texts of any iterable to it (see `open_chroma` and `add_texts`)."""
         return super().from_texts(list(checked_texts(texts)), *args, **kwargs)  # type: ignore[return-value]
 
     @classmethod
     def from_documents(cls, documents: Iterable[Document], *args: Any, **kwargs: Any) -> Self:
-        """Open a store and add documents of any iterable to it; see `open_chroma`."""
+        """Open a store and add documents of any iterable to it (see `open_chroma`)."""
         return super().from_documents(list(documents), *args, **kwargs)  # type: ignore[return-value]
 
     def update_documents(self, ids: list[str], documents: list[Document]) -> None:
-        """Embed documents in the place of those with these ids; ids that are not stored are left.
+        """Embed documents in the place of those with these ids. Other ids are ignored.
 
         Args:
             ids: Ids of stored documents.
@@ -251,7 +251,7 @@ class BGEM3Chroma(Chroma):
         super().reset_collection()
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
-        """Stored documents by their ids; those that are not stored are left out."""
+        """Get stored documents by their ids. Others are left out."""
         stored = self.passages.stored(list(ids))
         return [
             Document(page_content=text, metadata=dict(metadata), id=passage)
@@ -395,14 +395,14 @@ def _check_lengths(one: str, ones: Sequence[Any], other: str, others: Sequence[A
 
 
 def session_at(persist_directory: Any = None, client: Any = None, **options: Any) -> Session:
-    """A session at the place that options of `open_chroma` name."""
+    """Open a session at the place that options of `open_chroma` name."""
     place = {key: options[key] for key in _PLACE if options.get(key) is not None}
     _check_places(persist_directory=persist_directory, client=client, **place)
     return connect(persist_directory, client, place)
 
 
 def _check_places(**options: Any) -> None:
-    """Reject more than one place; langchain-chroma knows all but `client`."""
+    """Reject more than one place. langchain-chroma checks all but `client`."""
     given = [name for name in _PLACES if options.get(name) is not None]
     if len(given) > 1:
         msg = f"{' and '.join(given)} are given, and data has one place. Pass one of them."

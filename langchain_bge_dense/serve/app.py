@@ -122,7 +122,7 @@ def create_app(  # noqa: PLR0913
     max_queue: int = QUEUE,
     aliases: Sequence[str] = (),
 ) -> FastAPI:
-    """An ASGI application over one model, for any ASGI server, one process of it.
+    """Make an ASGI application over one model, for one process of any ASGI server.
 
     Args:
         embeddings: The model; loaded with the first request where `load` was not called.
@@ -154,7 +154,7 @@ def create_app(  # noqa: PLR0913
 
 
 def serve_deployment(embeddings: BGEM3Embeddings, **options: Any) -> Any:
-    """The same application as a deployment of Ray Serve, for many machines and GPUs.
+    """Make a deployment of Ray Serve of the same application, for many machines and GPUs.
 
     Needs the extra `ray`, too. Each replica loads the model from the settings of `embeddings`.
 

@@ -107,7 +107,7 @@ def _log_config() -> dict[str, Any]:
 
 
 def _url(place: dict[str, Any]) -> str:
-    """The `base_url` of clients on this machine."""
+    """Write the `base_url` of clients on this machine."""
     if place["uds"]:
         return f"unix://{place['uds']}"
     host = f"[{place['host']}]" if ":" in place["host"] else place["host"]
@@ -115,7 +115,7 @@ def _url(place: dict[str, Any]) -> str:
 
 
 def _run(embeddings: BGEM3Embeddings, app: FastAPI, place: dict[str, Any]) -> None:
-    """Listen at once, and load the model meanwhile; without one, end."""
+    """Listen at once, load the model meanwhile, and end if it cannot be loaded."""
     config = uvicorn.Config(
         app,
         **place,

@@ -34,7 +34,7 @@ class WeightsRequest(BaseModel):
 
 @router.post("/encode")
 async def encode(http: Request, asked: EncodeRequest) -> Response:
-    """Any of the three outputs; as JSON, or as safetensors with float32 to the last bit."""
+    """Compute any of the three outputs, as JSON or, to the last bit of float32, as safetensors."""
     packed = asked.encoding_format == "safetensors"
     [content] = await service_of(http).encode(http, asked, pack if packed else _as_json, parts=1)
     return Response(content, media_type=MEDIA_TYPE if packed else "application/json")
@@ -71,7 +71,7 @@ def tokens(http: Request, asked: WeightsRequest) -> dict[str, float]:
 
 @router.get("/info")
 def info(http: Request) -> dict[str, Any]:
-    """The model, its fingerprint and dimension, the server's settings and limits; TEI's, too."""
+    """Describe the model and the server's settings and limits, for TEI's clients too."""
     service = service_of(http)
     return {**service.info(), **tei.info(service)}
 

@@ -269,12 +269,12 @@ def on_truncate(truncate: bool | None) -> Literal["raise", "ignore"] | None:
 
 
 def floats(vector: NDArray[np.float32]) -> str:
-    """A vector as a JSON list."""
+    """Write a vector as a JSON list."""
     return json.dumps(vector.tolist())
 
 
 def json_reply(content: str) -> Response:
-    """A reply that is JSON already."""
+    """Make a reply of JSON that is written already."""
     return Response(content, media_type="application/json")
 
 
@@ -285,7 +285,7 @@ def service_of(http: Request) -> Service:
 
 
 def _plain(name: str) -> str:
-    """A model's name without owner, tag and case.
+    """Strip owner, tag and case from a model's name.
 
     >>> _plain("BAAI/BGE-M3"), _plain("bge-m3:567m")
     ('bge-m3', 'bge-m3')
@@ -312,5 +312,5 @@ async def _gone(http: Request) -> None:
 
 
 def refusal(status: int, error: Exception, headers: dict[str, str] | None = None) -> HTTPException:
-    """An answer from which `Client` raises the same error again."""
+    """Make a reply from which `Client` raises the same error again."""
     return HTTPException(status, {"type": type(error).__name__, "message": str(error)}, headers)

@@ -29,7 +29,7 @@ class BGEM3MilvusSparse(BaseSparseEmbedding):
         embeddings.pair(Pairs)
 
     def embed_documents(self, texts: list[str]) -> list[dict[int, float]]:
-        """Lexical weights of N passages; a text without any has one that no query finds.
+        """Compute lexical weights of N passages. A text without any gets one that no query finds.
 
         Raises:
             ValueError: The checkpoint is dense only.

@@ -25,7 +25,7 @@ class BGEM3QdrantSparse(SparseEmbeddings):
         embeddings.pair(Pairs)
 
     def embed_documents(self, texts: list[str]) -> list[SparseVector]:
-        """Lexical weights of N passages; an empty text has none.
+        """Compute lexical weights of N passages. An empty text has none.
 
         Raises:
             ValueError: The checkpoint is dense only.
