@@ -297,23 +297,19 @@ def memory_table(results: dict[str, dict[str, float]]) -> None:
 
 
 def busy_table(results: dict[str, dict[str, float]]) -> None:
-    rows = [
-        [
-            name,
-            *(f"{f[key] * 1e3:.0f} ms" for key in ("alone", "busy")),
-            f"{f['busy'] / f['alone']:.1f}x",
-        ]
-        for name, f in results.items()
-    ]
+    rows = []
+    for name, figures in results.items():
+        alone, busy = figures["alone"], figures["busy"]
+        rows.append([name, f"{alone * 1e3:.0f} ms", f"{busy * 1e3:.0f} ms", f"{busy / alone:.1f}x"])
     show(["query of 30 tokens", "alone", "beside a busy process per core", "ratio"], rows)
 
 
 def long_table(results: dict[str, dict[str, float]]) -> None:
     keys = [f"{length:,} tokens" for length in LONG]
-    rows = []
-    for name, figures in results.items():
-        alone, busy = figures["alone"], figures["busy"]
-        rows.append([name, f"{alone * 1e3:.0f} ms", f"{busy * 1e3:.0f} ms", f"{busy / alone:.1f}x"])
+    rows = [
+        [name, *(f"{f[key]:,.0f}, {f[f'{key}, memory']:.2f} GiB" for key in keys)]
+        for name, f in results.items()
+    ]
     show(["tokens/s and extra memory for one text of", *keys], rows)
 
 
