@@ -52,7 +52,7 @@ BGEM3Embeddings(model=sys.argv[1], device="cpu").load()
 def test_threads_wait_busily_for_short_unless_a_user_says_how_long(
     tiny_checkpoint: Path, own: dict[str, str], rounds: str
 ) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in {"GOMP_SPINCOUNT"}}
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
     command = [sys.executable, "-c", LOAD, str(tiny_checkpoint)]
     ended = subprocess.run(
         command,
