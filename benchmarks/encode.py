@@ -8,7 +8,8 @@
 
 Each contender runs in a process of its own, one after another. "Cold" is the first pass over a
 corpus, with lengths that the process has not seen; "warm" is the second pass over the same one.
-Queries are all different, of 24 to 36 and of 8 to 12 tokens.
+Queries are all different, of 24 to 36 and of 8 to 12 tokens. A start is from the start of the
+process until its first vector.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ CONTENDERS = {
     "cpu": (FLAG, HUGGINGFACE, ST_OPENVINO, *ONNX, *LLAMA, EXACT, "ours, bfloat16", "ours, int8"),
     "cuda": (FLAG, HUGGINGFACE, ST_FLOAT16, EXACT, "ours, bfloat16", "ours, float16"),
 }
+BEST: dict[str, tuple[str, float, Callable[..., str]]] = {  # key, unit, which is best
+    "tokens per second, mixed lengths": ("warm", 1, max),
+    **{f"{query}, ms": (query, 1e3, min) for query in QUERIES},
+    "start, s": ("start", 1, min),
+    "memory when started, GiB": ("started", 1, min),
+}
+OURS_COLOUR, PEER_COLOURS = "#2a6f97", ("#c8c8c8", "#6b6b6b")
 Embed = Callable[[list[str]], Any]
 
 
@@ -120,11 +128,11 @@ def work(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """One contender's figures; runs in a process of its own."""
     warnings.simplefilter("ignore")
     content = json.loads((arguments.folder / "texts.json").read_text())
-    start = time.perf_counter()
     embed = loader(name, arguments)(arguments.model)
-    figures = {"start": time.perf_counter() - start, "peak while loading": peak_memory()}
-    figures["loaded"] = resident_memory()
-    embed(content["warm-up"])  # the first call of some runtimes compiles
+    embed(content["warm-up"][:1])  # some read their weights with the first text
+    figures = {"start": time.time() - arguments.started, "peak while starting": peak_memory()}
+    figures["started"] = resident_memory()
+    embed(content["warm-up"])  # the first calls of some runtimes compile
     if arguments.long:
         return {**figures, **long_texts(embed, content)}
     if arguments.busy:
@@ -136,6 +144,7 @@ def work(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     vectors: list[Any] = []
     warm = seconds(lambda texts: vectors.append(embed(texts)), corpus)
     figures["warm"] = content["tokens"] / warm
+    figures["after the corpus"] = resident_memory()
     np.save(vectors_file(arguments.folder, name), np.array(vectors[0], dtype=np.float32))
     if name in OURS:
         embed(content["short"])
@@ -247,6 +256,7 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, flo
     environment["LANGCHAIN_BGE_DENSE_CACHE"] = str(folder / "packed")
     if name in OURS:  # a first load, as the models of peers were converted before
         subprocess.run([*command, "--load"], check=True, env=environment)
+    command += [f"--started={time.time()}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     figures = dict(json.loads(done.stdout.splitlines()[-1]))
     print(f"{name}: {figures}", file=sys.stderr)
@@ -255,7 +265,7 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, flo
 
 def lowest_cosine(name: str, folder: Path) -> float | None:
     exact = vectors_file(folder, EXACT)
-    if name not in (*OURS, *ONNX, *LLAMA, FLAG) or not exact.exists():
+    if not exact.exists():
         return None
     return float((np.load(vectors_file(folder, name)) * np.load(exact)).sum(axis=1).min())
 
@@ -288,7 +298,7 @@ def query_cell(figures: dict[str, float], flag: dict[str, float] | None, key: st
 
 
 def memory_table(results: dict[str, dict[str, float]]) -> None:
-    keys = ("peak while loading", "loaded", "after 1,000 texts")
+    keys = ("peak while starting", "started", "after the corpus", "after 1,000 texts")
     rows = [
         [name, f"{f['start']:.1f} s", *(f"{f[key]:.2f} GiB" if key in f else "" for key in keys)]
         for name, f in results.items()
@@ -296,24 +306,38 @@ def memory_table(results: dict[str, dict[str, float]]) -> None:
     show(["encoder", "start", *keys], rows)
 
 
+def best_table(results: dict[str, dict[str, float]]) -> None:
+    """The best of ours and of the others in each figure, also where ours is not ahead."""
+    rows = []
+    for label in BEST:
+        values = {ours: best_of(results, label, ours=ours) for ours in (True, False)}
+        cells = [f"{name}: {value:,.{0 if value >= 10 else 2}f}" for name, value in values.values()]
+        rows.append([label, *cells, f"{values[True][1] / values[False][1]:.2f}"])
+    show(["best in", "of ours", "of the others", "ours ÷ others"], rows)
+
+
+def best_of(results: dict[str, dict[str, float]], label: str, *, ours: bool) -> tuple[str, float]:
+    """The name and the value of the best contender of ours, or of the others."""
+    key, unit, best = BEST[label]
+    values = {name: f[key] * unit for name, f in results.items() if (name in OURS) == ours}
+    name = best(values, key=values.__getitem__)
+    return name, values[name]
+
+
 def busy_table(results: dict[str, dict[str, float]]) -> None:
-    rows = [
-        [
-            name,
-            *(f"{f[key] * 1e3:.0f} ms" for key in ("alone", "busy")),
-            f"{f['busy'] / f['alone']:.1f}x",
-        ]
-        for name, f in results.items()
-    ]
+    rows = []
+    for name, figures in results.items():
+        alone, busy = figures["alone"], figures["busy"]
+        rows.append([name, f"{alone * 1e3:.0f} ms", f"{busy * 1e3:.0f} ms", f"{busy / alone:.1f}x"])
     show(["query of 30 tokens", "alone", "beside a busy process per core", "ratio"], rows)
 
 
 def long_table(results: dict[str, dict[str, float]]) -> None:
     keys = [f"{length:,} tokens" for length in LONG]
-    rows = []
-    for name, figures in results.items():
-        alone, busy = figures["alone"], figures["busy"]
-        rows.append([name, f"{alone * 1e3:.0f} ms", f"{busy * 1e3:.0f} ms", f"{busy / alone:.1f}x"])
+    rows = [
+        [name, *(f"{f[key]:,.0f}, {f[f'{key}, memory']:.2f} GiB" for key in keys)]
+        for name, f in results.items()
+    ]
     show(["tokens/s and extra memory for one text of", *keys], rows)
 
 
@@ -323,16 +347,26 @@ def chart(results: dict[str, dict[str, float]], file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(results)
-    rates = [results[name]["warm"] for name in names]
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(names) + 1), layout="constrained")
-    colours = ["#2a6f97" if name in OURS else "#b8b8b8" for name in names]
-    axes.bar_label(axes.barh(names, rates, color=colours), fmt="{:,.0f}", padding=3)
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlim(0, max(rates) * 1.1)
-    axes.set_xlabel(f"tokens per second, mixed lengths; CPU with {instructions().split(',')[0]}")
+    size = (10, 0.4 * len(results) + 1)
+    figure, both = plt.subplots(1, 2, sharey=True, figsize=size, layout="constrained")
+    for axes, label in zip(both, BEST, strict=False):  # a corpus and a query
+        panel(axes, results, label)
+    both[0].invert_yaxis()
+    title = f"CPU with {instructions().split(',')[0]}; blue: ours, dark: the best of the others"
+    figure.suptitle(title, fontsize="medium")
     figure.savefig(file, dpi=110)
+
+
+def panel(axes: Any, results: dict[str, dict[str, float]], label: str) -> None:
+    key, unit, _ = BEST[label]
+    peers_too = not results.keys() <= OURS.keys()
+    best = best_of(results, label, ours=False)[0] if peers_too else None
+    colours = [OURS_COLOUR if n in OURS else PEER_COLOURS[n == best] for n in results]
+    values = [figures[key] * unit for figures in results.values()]
+    axes.bar_label(axes.barh(list(results), values, color=colours), fmt="{:,.0f}", padding=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(0, max(values) * 1.15)
+    axes.set_xlabel(label)
 
 
 def main() -> None:
@@ -353,7 +387,10 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())) != str(os.cpu_count()):
+        parser.error("OMP_NUM_THREADS holds some contenders to fewer cores than others. Unset it.")
     if arguments.load:
         loader(arguments.worker, arguments)(arguments.model)
         return
@@ -385,6 +422,9 @@ def compare(arguments: argparse.Namespace) -> None:
     speed_table(results, cosines, peak, dtype)
     print()
     memory_table(results)
+    print()
+    if len({name in OURS for name in results}) == 2:
+        best_table(results)
     finish("encode", {"peak": peak, "figures": results, "cosines": cosines})
     if arguments.chart:
         chart(results, arguments.chart)

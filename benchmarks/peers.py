@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 
     Embed = Callable[[list[str]], NDArray[np.float32]]
 
-BATCH = 32  # texts of similar length, as sentence-transformers takes them
-THREADS = 2
+T = TypeVar("T")
+# Neighbours in length, at most so many and with so much padding: what batches of 32 come to in a
+# corpus of thousands of texts. In the few of a benchmark they would be padding for the most part.
+BATCH, PADDING = 32, 0.1
+THREADS = os.cpu_count() or 1
 CONTEXT = 8_192
 FORMATS = ("F16", "Q8_0")
 
@@ -83,7 +87,11 @@ def onnx_runtime(model: str, file: Path) -> Embed:
         [found] = session.run(None, {"ids": ids, "mask": mask.astype(np.int64)})
         return np.asarray(found, np.float32)  # (B, D)
 
-    return lambda texts: in_batches([tokenize(text) for text in texts], run)
+    def embed(texts: list[str]) -> NDArray[np.float32]:
+        ids = [tokenize(text) for text in texts]
+        return in_batches(ids, [len(text) for text in ids], run)
+
+    return embed
 
 
 def write_gguf(model: str, folder: Path) -> None:
@@ -152,7 +160,7 @@ def gguf_name(key: str) -> str | None:
 
 
 def llama_cpp(model: str, file: Path) -> Embed:
-    """llama.cpp in this process, which packs texts into batches itself."""
+    """llama.cpp in this process; a batch of it has no padding, but one mask over all its tokens."""
     from llama_cpp import LLAMA_POOLING_TYPE_CLS, Llama
 
     llama = Llama(
@@ -168,8 +176,16 @@ def llama_cpp(model: str, file: Path) -> Embed:
         verbose=False,
     )
     tokenize = tokenizer_of(model)
-    llama.tokenize = lambda text, *_, **__: tokenize(text.decode())
-    return lambda texts: np.array(llama.embed(texts, normalize=True), np.float32)
+
+    def run(texts: list[str]) -> NDArray[np.float32]:
+        return np.array(llama.embed(texts, normalize=True), np.float32)  # (B, D)
+
+    def embed(texts: list[str]) -> NDArray[np.float32]:
+        ids = {text: tokenize(text) for text in texts}
+        llama.tokenize = lambda text, *_, **__: ids[text.decode()]
+        return in_batches(texts, [len(ids[text]) for text in texts], run)
+
+    return embed
 
 
 def tokenizer_of(model: str) -> Callable[[str], list[int]]:
@@ -183,15 +199,27 @@ def tokenizer_of(model: str) -> Callable[[str], list[int]]:
 
 
 def in_batches(
-    texts: list[list[int]], run: Callable[[list[list[int]]], NDArray[np.float32]]
+    texts: list[T], lengths: list[int], run: Callable[[list[T]], NDArray[np.float32]]
 ) -> NDArray[np.float32]:
     """Run batches of neighbours in length; gives `(N, D)` in the order of the texts."""
-    order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
-    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-    found = np.concatenate([run([texts[n] for n in batch]) for batch in batches])  # sorted
-    result = np.empty_like(found)
-    result[order] = found
+    order = sorted(range(len(texts)), key=lambda n: lengths[n])
+    found = [run([texts[n] for n in batch]) for batch in batches(order, lengths)]
+    result = np.empty((len(texts), found[0].shape[1]), np.float32)
+    result[order] = np.concatenate(found)
     return result
+
+
+def batches(order: list[int], lengths: list[int]) -> list[list[int]]:
+    """Cut an order from short to long where a batch would get too large or too much padding."""
+    found: list[list[int]] = [[]]
+    for n in order:
+        batch = [*found[-1], n]
+        tokens = sum(lengths[m] for m in batch)
+        if len(batch) > BATCH or len(batch) * lengths[n] > (1 + PADDING) * tokens:
+            found.append([n])
+        else:
+            found[-1] = batch
+    return found
 
 
 COMMANDS = {"onnx": write_onnx, "gguf": write_gguf}
