@@ -1,4 +1,4 @@
-"""Sessions with a Chroma in memory, in a folder or on a server: what is open, and of when."""
+"""Sessions with a Chroma in memory, in a folder or on a server."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ RETRYING = Retrying(
         "Start it and run this again; what is stored is not embedded again.",
     ),
 )
-"""Of calls to a server that does not answer."""
+"""Retries of calls to a server that does not answer."""
 
 
 def retried(call: Callable[[], T]) -> T:
@@ -170,7 +170,7 @@ class Session:
         self.read(lambda: call(open_()))
 
     def close(self) -> None:
-        """Let go of the client."""
+        """End the use of the client."""
         self._closed = True
 
 

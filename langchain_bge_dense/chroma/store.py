@@ -1,4 +1,4 @@
-"""`BGEM3Chroma`: a LangChain `Chroma` whose collection is right, and stays right."""
+"""`BGEM3Chroma`: a LangChain `Chroma` that keeps its collection consistent."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class BGEM3Chroma(Chroma):
 
     @property
     def uid(self) -> str:
-        """Names these passages: stays when the collection is compacted, and ends with it.
+        """Name of these passages, which compaction keeps and the end of the collection ends.
 
         The right namespace for a record manager of LangChain's `index()`.
 
@@ -154,8 +154,8 @@ class BGEM3Chroma(Chroma):
 
         Args:
             texts: The texts.
-            metadatas: Theirs; those that lack are empty.
-            ids: Theirs; None, and each None in it, is a new random one.
+            metadatas: Metadata of the first texts; further texts have none.
+            ids: Their ids. None, and each None in it, stands for a new random one.
             kwargs: Not used.
 
         Returns:
