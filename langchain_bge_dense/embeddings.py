@@ -1,4 +1,4 @@
-"""`BGEM3Embeddings`, the LangChain face: text in, vectors out. No torch."""
+"""`BGEM3Embeddings`: LangChain's `Embeddings` over an engine in this process or on a server."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     methods may be called from any thread or event loop. With `base_url` a server of
     `langchain_bge_dense.serve` has the model, and nothing is loaded here.
 
-    All methods that take texts raise `TypeError` for what is not a string, `ValueError` for a text
+    All methods that take texts raise `TypeError` for anything but a string, `ValueError` for a text
     that cannot be encoded or is too long with `on_truncate="raise"`, and `FloatingPointError` for
     an output that is non-finite in float32, too. These errors name the text by its index.
 
@@ -115,7 +115,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     The model runs here by default. With a server, the model's fields are the server's.
     """
     api_key: SecretStr | None = None
-    """Of the server."""
+    """API key of the server."""
     pooling: Literal["auto", "cls", "mean"] = "auto"
     """`"auto"`: what the checkpoint's `1_Pooling/config.json` says, else cls."""
     normalize: bool = True
@@ -180,14 +180,14 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         return self
 
     def __eq__(self, other: object) -> bool:
-        """Equal settings, whether the model is loaded or not."""
+        """Compare settings, whether a model is loaded or not."""
         return type(self) is type(other) and self.__dict__ == other.__dict__
 
     def __hash__(self) -> int:
         return hash((type(self), *self.__dict__.values()))
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Pickles and copies carry the settings alone."""
+        """Reduce pickles and copies to the settings."""
         return {**super().__getstate__(), "__pydantic_private__": dict(_UNLOADED)}
 
     def __copy__(self) -> Self:
@@ -345,7 +345,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         )
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text without the special ones around it: a splitter's `length_function`.
+        """Count tokens without the special ones around a text: a splitter's `length_function`.
 
         Example:
             >>> BGEM3Embeddings(model=checkpoint).count_tokens("")
@@ -354,7 +354,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
         return self.engine().count_tokens(text)
 
     def tokens(self, weights: dict[int, float]) -> dict[str, float]:
-        """Lexical weights with token strings for keys, the largest first, for people to read.
+        """Spell the tokens of lexical weights, the largest weight first, for people to read.
 
         Example:
             >>> embeddings = BGEM3Embeddings(model=checkpoint)

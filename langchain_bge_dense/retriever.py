@@ -62,9 +62,9 @@ class BGEM3Retriever(BaseRetriever):
     k: int = Field(4, ge=1)
     """Number of documents to return."""
     fetch_k: int = Field(50, ge=1)
-    """Candidates of each of the dense and the lexical signal; `k` where that is more."""
+    """Candidates of the dense and of the lexical signal each, at least `k`."""
     weights: Weights = (0.4, 0.2, 1.0)
-    """Of the dense, lexical and ColBERT score; the default suits standard scores
+    """Weights of the dense, lexical and ColBERT score. The default suits standard scores
     (benchmarks/README.md), that of `BGEM3Reranker` raw ones."""
     fusion: Fusion = "standard"
     """Scores that are weighted and added: `"standard"` or `"raw"` ones, or `"rrf"`, reciprocals of

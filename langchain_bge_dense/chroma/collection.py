@@ -1,4 +1,4 @@
-"""The one door to Chroma: a collection whose calls are guarded.
+"""A collection of Chroma whose calls are guarded.
 
 Each call is guarded once: made again after another process has written or compacted, and while a
 server does not answer; ids and bodies in parts that Chroma takes; errors that say what to do.
@@ -181,7 +181,7 @@ class GuardedCollection:
     def _compared(
         self, ids: Sequence[str], vector: Any, names: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Compare records to which no link of the index leads."""
+        """Compare records that the index cannot reach."""
         rows = []
         columns = [name for name in names if name not in {"distances", "embeddings"}]
         for page in batch_iterate(_IDS, ids):

@@ -27,7 +27,7 @@ _LENGTHS = (256, 512, 1_024, 2_048, 4_096)  # tokens at which other tools cut te
 
 
 class Found(NamedTuple):
-    """A record as Chroma has it."""
+    """A record of Chroma."""
 
     id: str
     text: str | None
@@ -83,7 +83,7 @@ class Contents:
                 alike.add((size, found.id))
 
     def sample(self) -> Sample:
-        """Ten texts from the shortest to the longest, or fewer where there are fewer."""
+        """Up to ten texts, from the shortest to the longest."""
         known = sorted({self._longest}.union(*self._by_size.values()))
         places = np.linspace(0, len(known) - 1, min(_SAMPLE, len(known))).round().astype(int)
         ids = [known[place][1] for place in places if known[place][0]]

@@ -172,7 +172,7 @@ class Folder:
         return int(version)
 
     def acquire_writer(self, writer: int) -> bool:
-        """Make this process the only one that writes, and tell whether it was another."""
+        """Make this process the only writer, and tell whether it just became one."""
         with self.lock, self.named_errors():
             first = not self.writers
             if first:
@@ -208,7 +208,7 @@ class Folder:
                 os.fsync(stream.fileno())
 
     def vacuum(self) -> None:
-        """Give back the space of what was deleted: rows, and folders of deleted collections."""
+        """Free the space of deleted rows and collections."""
         with self.exclusive(), self._database() as database:
             database.execute(_FORGET_WORDS)
             database.execute("VACUUM")

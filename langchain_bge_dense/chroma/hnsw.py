@@ -158,7 +158,7 @@ def _labels(file: Path) -> NDArray[np.uint64]:
 
 
 def _repair(file: Path, header: Header, labels: NDArray[np.uint64]) -> None:
-    """Make level 0 hold the header's elements alone, all within reach of one another."""
+    """Cut level 0 to the header's elements, and make all of them reachable."""
     if not header.elements:
         return
     elements = np.memmap(file, header.layout(), "r+", header.links_offset, (header.elements,))
@@ -179,7 +179,7 @@ def _repair(file: Path, header: Header, labels: NDArray[np.uint64]) -> None:
 
 
 def _connect(links: NDArray[np.uint32], counts: NDArray[np.int64], entry: int) -> None:
-    """Link elements that nothing leads to from one of their own neighbours."""
+    """Link unreachable elements from one of their own neighbours."""
     for element in np.flatnonzero(~_reached(links, counts, entry)).tolist():
         neighbours = links[element, : counts[element]].tolist() or [entry]
         neighbour = min(neighbours, key=counts.__getitem__)

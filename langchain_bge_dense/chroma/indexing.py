@@ -1,4 +1,4 @@
-"""Documents of any iterable into a collection, a batch at a time, those that it lacks."""
+"""Indexing: embed and store the documents that a collection lacks, batch by batch."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _VOCABULARY = 1 << 18  # rows of a part, more where a token id asks for it
 
 
 def postings(packed: Sequence[bytes]) -> sparse.csr_array:
-    """Invert packed weights: a row a token, a column a passage."""
+    """Invert packed weights into a matrix of tokens by passages."""
     sizes, tokens, weights = unpack(packed)  # (N,), (M,), (M,)
     passages = np.repeat(np.arange(len(sizes)), sizes)  # (M,)
     rows = max(_VOCABULARY, int(tokens.max(initial=0)) + 1)
@@ -30,7 +30,7 @@ def postings(packed: Sequence[bytes]) -> sparse.csr_array:
 
 
 def merged(parts: Sequence[sparse.csr_array]) -> sparse.csr_array:
-    """Put parts side by side: the passages of the first come first."""
+    """Concatenate the passages of parts, in their order."""
     rows = max(part.shape[0] for part in parts)
     for part in parts:
         part.resize((rows, part.shape[1]))

@@ -1,4 +1,4 @@
-"""Sessions with a Chroma in memory, in a folder or on a server: what is open, and of when."""
+"""Sessions with a Chroma in memory, in a folder or on a server."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 COPY = ".compact"
-"""End of the name of the copy that compaction or adoption writes."""
+"""Suffix of the name of the copy that compaction or adoption writes."""
 COMPLETE = "complete_copy"
-"""Key in its metadata: whether it holds all."""
+"""Key in the metadata of the copy: whether the copy is complete."""
 _LONGEST_NAME = 512
 _ATTEMPTS = 10  # at reading beside a process that writes
 _BODY = 36 << 20  # bytes of a request to a server, which takes 40 MiB
@@ -56,11 +56,11 @@ RETRYING = Retrying(
         "Start it and run this again; what is stored is not embedded again.",
     ),
 )
-"""Of calls to a server that does not answer."""
+"""Retries calls to a server that does not answer."""
 
 
 def retried(call: Callable[[], T]) -> T:
-    """Call Chroma, and again after a while where its server does not answer."""
+    """Call Chroma, and retry if its server does not answer."""
     return RETRYING.copy()(call)
 
 
@@ -133,7 +133,7 @@ class Session:
         self.refresh()
 
     def find(self, name: str) -> Collection | None:
-        """Open a collection, or the copy that a killed compaction had yet to put in its place."""
+        """Open a collection, or the complete copy that a killed compaction did not rename."""
         if (found := self._find(name)) is not None or len(name) + len(COPY) > _LONGEST_NAME:
             return found
         copy = self._find(f"{name}{COPY}")
@@ -170,14 +170,14 @@ class Session:
         self.read(lambda: call(open_()))
 
     def close(self) -> None:
-        """Let go of the client."""
+        """Close the session."""
         self._closed = True
 
 
 class FolderSession(Session):
     """A session in a folder.
 
-    `names` are tenant and database, to make a client again; None where the client is the caller's.
+    `names` are tenant and database of new clients, or None if the caller owns the client.
     """
 
     folder: Folder
@@ -209,7 +209,7 @@ class FolderSession(Session):
         return self.folder.version()
 
     def refresh(self) -> None:
-        """Open the folder again if another process has written to it, once in a while."""
+        """Open the folder again if another process has written to it, checked once in a while."""
         super().refresh()
         if self._names is None or self._version is None:
             return
@@ -223,7 +223,7 @@ class FolderSession(Session):
                 self._reconnect(reopen=True)
 
     def reopen(self) -> None:
-        """Open the folder again, if the client is not the caller's."""
+        """Open the folder again, unless the caller owns the client."""
         if self._names is None:
             super().reopen()
         else:

@@ -1,4 +1,4 @@
-"""Settings of a collection: which model its vectors are of, and which signals it keeps."""
+"""Settings of a collection: its model and its signals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from langchain_bge_dense._codes import Kind
 
 KEY = "langchain_bge_dense"
-"""Where a collection's metadata hold its settings."""
+"""Key of the settings in a collection's metadata."""
 
 # With Chroma's own, equal vectors are linked to each other alone, and hide others.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ class CollectionSettings(NamedTuple):
     Attributes:
         fingerprint: Names the model, and whatever else changes its vectors.
         dimension: Width of a vector.
-        uid: Names the passages; stays when the collection is compacted.
+        uid: Identifier that compaction does not change.
         lexical: Whether passages have lexical weights.
         colbert: Kind of their ColBERT codes; None where they have none.
         pooling: Tokens that share a ColBERT vector.
@@ -97,13 +97,13 @@ class CollectionSettings(NamedTuple):
         return self._replace(mean=base64.b64encode(mean.tobytes()).decode())
 
     def signals(self) -> str:
-        """Name the signals that the collection keeps."""
+        """Name the signals that the collection stores."""
         codes = f"{self.colbert!r} ColBERT codes with colbert_pooling={self.pooling}"
         return " and ".join(["lexical weights"] * self.lexical + [codes] * bool(self.colbert))
 
 
 class Wanted(NamedTuple):
-    """Signals that a caller asks for, or leaves to the collection."""
+    """Requested signals; None means those of the collection."""
 
     lexical: bool | None = None
     colbert: Kind | Literal[False] | None = None
@@ -111,7 +111,7 @@ class Wanted(NamedTuple):
 
     @classmethod
     def of(cls, lexical: bool | None, colbert: Kind | bool | None, pooling: int) -> Wanted:
-        """Check what the caller passed."""
+        """Check and normalize the arguments of a caller."""
         kind: Any = "1bit" if colbert is True else colbert
         check_kind("1bit" if kind is None or kind is False else kind, pooling)
         return cls(lexical, kind, pooling)
@@ -192,7 +192,7 @@ def cosine_configuration(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def require_cosine(space: str, where: str) -> None:
-    """Check that a space is the cosine's."""
+    """Check that a space is cosine."""
     if space != "cosine":
         msg = (
             f"The {where} names the space {space!r}, and scores here are cosines. "
@@ -214,7 +214,7 @@ def claim(
 ) -> CollectionSettings:
     """Check that the embeddings fit a collection, and write settings to one that has none.
 
-    There a stored document is embedded again and compared. `place` is the session's.
+    Without settings, a stored document is embedded again and compared with its vector.
     """
     _check_space(collection, embeddings, place)
     found = CollectionSettings.load(collection.metadata)

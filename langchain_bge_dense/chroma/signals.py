@@ -2,8 +2,8 @@
 
 A row has the `max_length` that cut a passage, its lexical weights and its ColBERT codes. The table
 is a SQLite database in a folder, where Chroma would keep each value twice, and a collection
-elsewhere. A key names passage and text, so that the rows of a passage that is being replaced stay
-right until it is.
+elsewhere. A key names passage and text, so that a passage and its replacement have rows
+of their own.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ _SWEEP = "DELETE FROM passages WHERE cut_at IS NULL AND lexical IS NULL AND code
 
 
 class Encoded(NamedTuple):
-    """Vectors and signals of N passages, on the way from a model to a store."""
+    """Vectors and signals of N passages, before they are stored."""
 
     vectors: NDArray[np.float32]  # (N, D)
     lexical: Sequence[bytes | None] | None = None
-    """Packed weights of each."""
+    """Packed weights of each passage."""
     codes: Sequence[bytes | None] | None = None
-    """ColBERT codes of each."""
+    """ColBERT codes of each passage."""
     cut_at: Sequence[int | None] | None = None
-    """The `max_length` that cut it, 0 for the model's own; None where it is whole."""
+    """`max_length` that cut each passage, 0 for the model's own, None for a whole passage."""
     tokens: int = 0
 
     @property
@@ -111,14 +111,14 @@ class Kept(NamedTuple):
 
 
 class Position(NamedTuple):
-    """How far an index has read a table; another log has to be read from its start."""
+    """Position of an index in the log of a table. Another log is read from its start."""
 
     log: object = None
     number: int = 0
 
 
 def pack(weights: Mapping[int, float]) -> bytes:
-    """Pack lexical weights as a table has them: token ids, then their weights."""
+    """Pack lexical weights into bytes: token ids, then their weights."""
     count = len(weights)
     ids = np.fromiter(weights, "<u4", count)
     return ids.tobytes() + np.fromiter(weights.values(), "<f4", count).tobytes()
@@ -137,7 +137,7 @@ class Signals(ABC):
 
     @classmethod
     def of(cls, session: Session, uid: str) -> Signals:
-        """Make the table of the passages with this uid, wherever their Chroma is."""
+        """Make the table of the passages with this uid."""
         name = f"{uid}.signals"
         if session.folder is not None:
             return FolderSignals(session.folder, name)
@@ -161,7 +161,7 @@ class Signals(ABC):
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> None:
-        """Forget passages."""
+        """Delete the signals of passages."""
 
     @abstractmethod
     def since(self, position: Position) -> Iterator[Written]:
@@ -169,9 +169,9 @@ class Signals(ABC):
 
     @abstractmethod
     def keep_only(self, keys: Sequence[str], replace: Replace) -> None:
-        """Forget all other passages, and leave nothing of them in any file.
+        """Delete the signals of all other passages, also from the files.
 
-        `replace` puts a new collection, which a function fills, in the place of one.
+        `replace` replaces a collection by a new one that a function fills.
         """
 
     @abstractmethod
@@ -195,7 +195,7 @@ class FolderSignals(Signals):
         self._folder, self._file = folder, folder.real / f"{name}.sqlite3"
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Forget passages."""
+        """Delete the signals of passages."""
         if keys and self._file.exists():
             with self._database() as database:
                 database.executemany(_DELETE, ((key,) for key in keys))
@@ -283,7 +283,7 @@ class CollectionSignals(Signals):
         self._collection = GuardedCollection(session, name, create=cosine_configuration(None))
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Forget passages."""
+        """Delete the signals of passages."""
         known = list(self.kept(keys))
         if known:
             self._collection.delete([*known, *map(_codes_id, known)])
@@ -306,7 +306,7 @@ class CollectionSignals(Signals):
             yield position, [(key, weights.get(key)) for key in keys]
 
     def keep_only(self, keys: Sequence[str], replace: Replace) -> None:
-        """Write a new collection."""
+        """Replace the collection by a copy of these rows."""
         if self._collection.find() is not None:
             replace(self._collection, lambda copy: self._copy(copy, keys))
 

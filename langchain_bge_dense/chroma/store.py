@@ -1,4 +1,4 @@
-"""`BGEM3Chroma`: a LangChain `Chroma` whose collection is right, and stays right."""
+"""`BGEM3Chroma`: a LangChain `Chroma` store that stays consistent."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ _PLACES = ("persist_directory", "client", "host", "chroma_cloud_api_key")
 
 
 class BGEM3Chroma(Chroma):
-    """A `Chroma` in cosine space that keeps all that belongs to a passage in step with it.
+    """A `Chroma` store in cosine space that updates all signals of a passage together.
 
-    What `open_chroma` returns; use it for type annotations. Whatever adds, updates or deletes
+    `open_chroma` returns one; use the class for type annotations. Whatever adds, updates or deletes
     documents, LangChain's `index()` included, writes and deletes their lexical weights too, and
     passes the checks of `index_documents`.
 
@@ -97,7 +97,7 @@ class BGEM3Chroma(Chroma):
         self.passages = Passages(session, collection_name, embeddings, own)
         """The passages of the collection, for the other parts of this package."""
         with session.exclusive():
-            # Checks one that exists, and puts a copy in place that a killed compaction completed.
+            # Checks an existing collection, and finishes a compaction killed before its rename.
             session.read(self.passages.collection.find)
             super().__init__(collection_name, embeddings, client=session.client, **options)
         self.passages.refresh()
@@ -110,7 +110,7 @@ class BGEM3Chroma(Chroma):
 
     @_client.setter
     def _client(self, client: ClientAPI) -> None:
-        """Leave the session its client, which LangChain sets again."""
+        """Ignore the client that LangChain sets: the session owns it."""
 
     @property
     def _collection(self) -> Any:
@@ -129,9 +129,9 @@ class BGEM3Chroma(Chroma):
 
     @property
     def uid(self) -> str:
-        """Names these passages: stays when the collection is compacted, and ends with it.
+        """Identifier of the passages, which compaction preserves and a reset replaces.
 
-        The right namespace for a record manager of LangChain's `index()`.
+        Use it as the namespace for a record manager of LangChain's `index()`.
 
         Example:
             >>> from langchain_core.embeddings import DeterministicFakeEmbedding
@@ -154,8 +154,8 @@ class BGEM3Chroma(Chroma):
 
         Args:
             texts: The texts.
-            metadatas: Theirs; those that lack are empty.
-            ids: Theirs; None, and each None in it, is a new random one.
+            metadatas: One for each text; missing ones are empty.
+            ids: One for each text; a random id replaces each None, and a missing list.
             kwargs: Not used.
 
         Returns:
@@ -195,7 +195,7 @@ class BGEM3Chroma(Chroma):
         return super().from_documents(list(documents), *args, **kwargs)  # type: ignore[return-value]
 
     def update_documents(self, ids: list[str], documents: list[Document]) -> None:
-        """Embed documents in the place of those with these ids. Other ids are ignored.
+        """Embed documents and replace the stored ones with these ids. Unknown ids are ignored.
 
         Args:
             ids: Ids of stored documents.
@@ -245,13 +245,13 @@ class BGEM3Chroma(Chroma):
         self._chroma_collection = None
 
     def reset_collection(self) -> None:
-        """Delete the collection and begin an empty one, which keeps what this one kept."""
+        """Delete the collection and create an empty one with the same settings."""
         settings = self.passages.refresh().renewed()
         self._collection_metadata = {**(self._collection_metadata or {}), **settings.metadata()}
         super().reset_collection()
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
-        """Get stored documents by their ids. Others are left out."""
+        """Get stored documents by their ids. Unknown ids are ignored."""
         stored = self.passages.stored(list(ids))
         return [
             Document(page_content=text, metadata=dict(metadata), id=passage)
@@ -261,8 +261,8 @@ class BGEM3Chroma(Chroma):
     def add_missing(self) -> int:
         """Compute the lexical weights and ColBERT codes that passages lack, and store them.
 
-        Passages lack them that were stored before the collection kept any, by `index_vectors`, or
-        by a `Chroma` that is not of `open_chroma`.
+        Passages lack them if they were stored before the collection had these signals, by
+        `index_vectors`, or by a plain `Chroma`.
 
         Returns:
             How many passages lacked any.

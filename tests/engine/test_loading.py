@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +31,37 @@ from langchain_bge_dense._engine.linear import cpu_has_bf16
 from langchain_bge_dense._engine.loading import resolve
 
 DTYPES = ["float32", "bfloat16", "float16", "int8"]  # the last one for packed types alone
+
+
+LOAD = """
+import sys
+from langchain_bge_dense import BGEM3Embeddings
+BGEM3Embeddings(model=sys.argv[1], device="cpu").load()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has another OpenMP there")
+@pytest.mark.parametrize(
+    ("own", "rounds"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "passive"}, "0"),
+    ],
+)
+def test_threads_wait_busily_for_short_unless_a_user_says_how_long(
+    tiny_checkpoint: Path, own: dict[str, str], rounds: str
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    command = [sys.executable, "-c", LOAD, str(tiny_checkpoint)]
+    ended = subprocess.run(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=environment | {"OMP_DISPLAY_ENV": "verbose"} | own,
+    )
+    assert f"GOMP_SPINCOUNT = '{rounds}'" in ended.stderr
 
 
 def test_loading_gives_transformers_its_voice_back(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_every_setting_is_an_option(
         "--model MODEL Hub id, or local folder of a checkpoint. [BAAI/bge-m3]",
         "--revision REVISION Branch, tag or commit on the hub. [none]",
         "--normalize, --no-normalize Scale vectors to unit length, computed in float32. [True]",
-        "Longest text in tokens; None: as many as the checkpoint has positions for. [none]",
+        "Longest text in tokens, by default as many as the checkpoint has positions for. [none]",
     ):
         assert words in told
 
