@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -199,14 +199,24 @@ def tokenizer_of(model: str) -> Callable[[str], list[int]]:
 
 
 def in_batches(
-    texts: list[T], lengths: list[int], run: Callable[[list[T]], NDArray[np.float32]]
+    texts: list[T], lengths: list[int], run: Callable[[list[T]], Any]
 ) -> NDArray[np.float32]:
     """Run batches of neighbours in length; gives `(N, D)` in the order of the texts."""
     order = sorted(range(len(texts)), key=lambda n: lengths[n])
-    found = [run([texts[n] for n in batch]) for batch in batches(order, lengths)]
+    found = [np.asarray(run([texts[n] for n in batch])) for batch in batches(order, lengths)]
     result = np.empty((len(texts), found[0].shape[1]), np.float32)
     result[order] = np.concatenate(found)
     return result
+
+
+def with_little_padding(model: str, run: Callable[[list[str]], Any]) -> Embed:
+    """Give texts in such batches to a library that would pad its own."""
+    tokenize = tokenizer_of(model)
+
+    def embed(texts: list[str]) -> NDArray[np.float32]:
+        return in_batches(texts, [len(tokenize(text)) for text in texts], run)
+
+    return embed
 
 
 def batches(order: list[int], lengths: list[int]) -> list[list[int]]:
