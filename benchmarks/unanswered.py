@@ -18,6 +18,7 @@ from common import finish, machine, show
 from quality import Texts, read, small
 
 from langchain_bge_dense import BGEM3Embeddings
+from langchain_bge_dense._scoring import lexical_scores
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -36,14 +37,8 @@ def scores(embeddings: BGEM3Embeddings, texts: Texts) -> tuple[Scores, Scores]:
     """Dense and lexical scores of each paragraph for each question, `(Q, N)`."""
     passages = embeddings.encode(texts.contexts, lexical=True)
     questions = embeddings.encode(texts.questions, lexical=True, query=True)
-    lexical = [
-        [
-            sum(weight * passage.get(token, 0) for token, weight in question.items())
-            for passage in passages.lexical
-        ]
-        for question in questions.lexical
-    ]
-    return questions.dense @ passages.dense.T, np.array(lexical, np.float32)
+    lexical = [lexical_scores(question, passages.lexical) for question in questions.lexical]
+    return questions.dense @ passages.dense.T, np.stack(lexical)
 
 
 def said(dense: Scores, lexical: Scores, limits: Least) -> dict[str, float]:

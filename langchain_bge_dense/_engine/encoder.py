@@ -33,7 +33,7 @@ _OVERFLOW = (
 
 
 class TextTokenizer(NamedTuple):
-    """What is used of a tokenizer of transformers.
+    """Parts of a transformers tokenizer that encoding needs.
 
     Attributes:
         backend: A `tokenizers.Tokenizer`, whose settings nobody changes any more.
@@ -47,7 +47,7 @@ class TextTokenizer(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Any) -> TextTokenizer:
-        """Take it from a fast tokenizer."""
+        """Read them from a fast tokenizer of transformers."""
         names = ("cls_token", "eos_token", "pad_token", "unk_token")
         tokens = [tokenizer.special_tokens_map.get(name) for name in names]
         ids = tokenizer.convert_tokens_to_ids([token for token in tokens if token is not None])

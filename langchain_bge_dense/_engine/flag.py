@@ -59,7 +59,7 @@ def _class_of_package() -> type[BGEM3FlagModel]:
 
 
 def installed_version(name: str) -> str:
-    """Version of a distribution, or that there is none."""
+    """Read the version of a distribution, or say that it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

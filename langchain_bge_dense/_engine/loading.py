@@ -119,7 +119,7 @@ def load_encoder(checkpoint: Checkpoint, device: str, dtype: str) -> Encoder:
 def _load_checked(
     checkpoint: Checkpoint, dtype: str, linear: LinearFactory, file: PackedFile | None
 ) -> tuple[TextTokenizer, torch.nn.Module]:
-    """Load with every check, by transformers and FlagEmbedding, and keep what it ends in."""
+    """Load with every check, by transformers and FlagEmbedding; write the file of later loads."""
     flag = _load_flag_model(checkpoint)
     tokenizer, encoder = _tokenizer(flag.tokenizer, checkpoint), flag.model.model
     if not PackedEncoder.supports(encoder.config):

@@ -1,4 +1,4 @@
-"""What a load ends in, kept in a file of the user's cache for the next load of the same checkpoint.
+"""Packed weights and tokenizer of a checkpoint, in a file that later loads map.
 
 The first load runs every check, through transformers and FlagEmbedding. Later ones need neither:
 they map the file, and processes share the rows of its word embeddings. In float32 the weights stay
