@@ -52,5 +52,5 @@ def keep(store: BGEM3Chroma, keys: Sequence[str], **columns: Any) -> None:
 def coded(store: BGEM3Chroma, texts: Mapping[str, str]) -> set[str]:
     """Ids of those texts by id that have ColBERT codes."""
     keys = {key_of(passage, text): passage for passage, text in texts.items()}
-    kept = store.passages.signals.kept(list(keys))
+    kept = store.passages.signals.available(list(keys))
     return {keys[key] for key, has in kept.items() if has.codes}

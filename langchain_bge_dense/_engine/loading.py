@@ -198,14 +198,14 @@ def _encoder(  # noqa: PLR0913, PLR0917
     linear: LinearFactory,
 ) -> Encoder:
     """Assemble an encoder. `weights` are those of the heads in `HEADS`, if there are any."""
-    modules, place = checkpoint.modules, linear.device
-    heads = Heads(modules.pooling, [_behind_pooling(layer, place) for layer in modules.layers])
+    modules, device = checkpoint.modules, linear.device
+    heads = Heads(modules.pooling, [_behind_pooling(layer, device) for layer in modules.layers])
     if weights:
         colbert, lexical = weights
-        narrow = LinearFactory(str(linear.state_dtype).removeprefix("torch."), place)
-        heads.lexical = LinearFactory("float32", place)(lexical["weight"], lexical["bias"])
+        narrow = LinearFactory(str(linear.state_dtype).removeprefix("torch."), device)
+        heads.lexical = LinearFactory("float32", device)(lexical["weight"], lexical["bias"])
         heads.colbert = narrow(colbert["weight"], colbert["bias"])
-    return Encoder(tokenizer, layers, heads, batch_tokens=_batch_tokens(place.type, dtype))
+    return Encoder(tokenizer, layers, heads, batch_tokens=_batch_tokens(device.type, dtype))
 
 
 def _cast(module: Any, dtype: torch.dtype, *, release: bool) -> Any:
@@ -224,12 +224,12 @@ def _cast(module: Any, dtype: torch.dtype, *, release: bool) -> Any:
     return module
 
 
-def _behind_pooling(layer: Dense | None, place: torch.device) -> Callable[[Tensor], Tensor]:
+def _behind_pooling(layer: Dense | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Load the dense layer behind the pooling, `(B, D)` to `(B, D')`, or normalize without one."""
     if layer is None:
         return F.normalize
     [file] = weight_files(layer.folder)
-    tensors = {name: t.to(place, torch.float32, copy=True) for name, t in tensors_of(file).items()}
+    tensors = {name: t.to(device, torch.float32, copy=True) for name, t in tensors_of(file).items()}
     weight, bias = tensors["linear.weight"], tensors.get("linear.bias")
     residual, is_residual = tensors.get("residual.weight"), layer.residual
     activation = getattr(torch.nn, layer.activation)()

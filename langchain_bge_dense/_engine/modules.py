@@ -164,12 +164,12 @@ def _optional(file: Path) -> dict[str, Any]:
 
 
 def _check_kinds(folder: Path, modules: list[Module]) -> None:
-    places = [("Transformer",), ("Pooling",)]
+    kinds = [("Transformer",), ("Pooling",)]
     later = ("Dense", "Dropout", "Normalize")
-    for place, module in enumerate(modules):
-        if module.kind not in (places[place] if place < len(places) else later):
+    for number, module in enumerate(modules):
+        if module.kind not in (kinds[number] if number < len(kinds) else later):
             msg = (
-                f"{folder / MODULES_FILE} lists {module.kind!r} as module {place}, which is not "
+                f"{folder / MODULES_FILE} lists {module.kind!r} as module {number}, which is not "
                 "run there: a Transformer and a Pooling of sentence-transformers come first, then "
                 f"{', '.join(later)}. Use sentence-transformers for this model."
             )

@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     settings = vars(_parser().parse_args(argv))
     settings.pop("command")
-    place, options = settings.pop("place"), {name: settings.pop(name) for name in _OWN}
+    location, options = settings.pop("location"), {name: settings.pop(name) for name in _OWN}
     try:
-        _adopt(BGEM3Embeddings(**settings), place, **options)
+        _adopt(BGEM3Embeddings(**settings), location, **options)
     except (NotFoundError, OSError, RuntimeError, TypeError, ValueError) as error:
         sys.exit(str(error))
 
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     words = "Make a store of a collection that plain Chroma filled, without embedding its texts."
     command = commands.add_parser("adopt", help=words, description=words)
-    command.add_argument("place", help="folder of the Chroma, or URL of its server")
+    command.add_argument("location", help="folder of the Chroma, or URL of its server")
     command.add_argument("--collection", default="langchain", help="its name [%(default)s]")
     command.add_argument("--to", help="folder or URL for the store [the same]")
     command.add_argument("--name", help="of the store [the same]; with another the old one stays")
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _adopt(
     embeddings: BGEM3Embeddings,
-    place: str,
+    location: str,
     collection: str,
     to: str | None,
     name: str | None,
@@ -79,21 +79,21 @@ def _adopt(
 ) -> None:
     source = None
     if to or name:
-        there = _options_of(place)
+        there = _options_of(location)
         require_database(there.get("persist_directory"))
         client = session_at(**there).client
         source = Chroma(collection, client=client, create_collection_if_not_exists=False)
-    options |= {"source": source, "show_progress": True, **_options_of(to or place)}
+    options |= {"source": source, "show_progress": True, **_options_of(to or location)}
     with adopt(embeddings, name or collection, **options) as store:
         count, signals = store.passages.collection.count(), store.passages.settings.signals()
     sys.stdout.write(f"{count:,} passages with {signals or 'dense vectors alone'}.\n")
 
 
-def _options_of(place: str) -> dict[str, Any]:
+def _options_of(location: str) -> dict[str, Any]:
     """Options of `open_chroma` for a folder, or for the URL of a server."""
-    url = urlsplit(place)
+    url = urlsplit(location)
     if url.scheme not in {"http", "https"}:
-        return {"persist_directory": place}
+        return {"persist_directory": location}
     return {"host": url.hostname, "port": url.port or _PORT, "ssl": url.scheme == "https"}
 
 

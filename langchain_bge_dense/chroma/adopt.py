@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from langchain_bge_dense._engine.calls import reporting
 from langchain_bge_dense.chroma.collection import GuardedCollection
-from langchain_bge_dense.chroma.compaction import put_in_place
+from langchain_bge_dense.chroma.compaction import replace_by_copy
 from langchain_bge_dense.chroma.contents import Contents, Found, Origin, have_length, records_of
 from langchain_bge_dense.chroma.folder import require_database
 from langchain_bge_dense.chroma.records import Record, record
@@ -64,8 +64,8 @@ def adopt(  # noqa: PLR0913 - those of `open_chroma`, and three
     computes these signals of all texts on the way; a vector that is not finite or has no length is
     computed, too.
 
-    The collection stays as it is until the copy is complete, and is then replaced by it, or kept if
-    it is a `source` of another name or place. A run that was killed is finished by another one, and
+    The collection stays as it is until the copy is complete, which then replaces it, unless it is a
+    `source` of another name or location. Another run finishes one that was killed, and
     of a collection that is a store already nothing is copied. Let nobody write to it meanwhile.
 
     Records without a text, which LangChain never finds, are not copied: a warning tells how many
@@ -74,11 +74,11 @@ def adopt(  # noqa: PLR0913 - those of `open_chroma`, and three
     Args:
         embeddings: The model that filled the collection.
         collection_name: Name of the store.
-        source: The collection, anywhere; by default the one at the store's own name and place.
+        source: The collection, anywhere; by default the one at the store's own name and location.
         source_max_length: Tokens at which the other tool cut texts. Longer ones are embedded again,
             as their vectors are of their beginning alone. By default none may be cut, which is
             checked.
-        persist_directory: As in `open_chroma`; this, `client` or another place is needed.
+        persist_directory: As in `open_chroma`; this, `client` or another location is needed.
         client: As in `open_chroma`.
         lexical: As in `open_chroma`.
         colbert: As in `open_chroma`.
@@ -106,17 +106,17 @@ def adopt(  # noqa: PLR0913 - those of `open_chroma`, and three
     """
     Wanted.of(lexical, colbert, colbert_pooling).check(embeddings)
     origin = Origin(embeddings, source_max_length)
-    place: Any = {"persist_directory": persist_directory, "client": client, **chroma_options}
+    where: Any = {"persist_directory": persist_directory, "client": client, **chroma_options}
     signals: Any = {"lexical": lexical, "colbert": colbert, "colbert_pooling": colbert_pooling}
 
     def open_(name: str, metadata: Mapping[str, Any] | None = None) -> BGEM3Chroma:
         given = {**(metadata or {}), **(chroma_options.get("collection_metadata") or {})}
-        options = {**place, **signals, "collection_metadata": given}
+        options = {**where, **signals, "collection_metadata": given}
         return open_chroma(embeddings, name, **options)
 
     if source is None:
         require_database(persist_directory)
-    with closing(session_at(**place)) as session:
+    with closing(session_at(**where)) as session:
         _check_shared(session, client)
         session.acquire_writer()
         target = GuardedCollection(session, collection_name)
@@ -135,7 +135,7 @@ class Adoption:
 
     Args:
         old: The collection.
-        target: Of the store's name, at the store's place.
+        target: Of the store's name, at the store's location.
 
     Attributes:
         is_done: Whether the target is a store of the collection already.
@@ -240,7 +240,7 @@ class Adoption:
         passages.delete(ids=sorted(set(passages.ids()).difference(known)))
 
     def _finish(self, passages: Passages) -> None:
-        put_in_place(passages.collection, self._target.name)
+        replace_by_copy(passages.collection, self._target.name)
         if folder := passages.session.folder:
             if self._in_place:
                 passages.session.reopen()
@@ -284,8 +284,8 @@ def _encoded(passages: Passages, records: Sequence[Record], vectors: Sequence[An
 
 def _check_shared(session: Session, client: ClientAPI | None) -> None:
     """Check that the data is not in a memory that nobody else has."""
-    if client is None and not session.place:
-        msg = "Nothing says where the store is to be. Pass persist_directory, client or host."
+    if client is None and not session.location:
+        msg = "adopt has no location for the store. Pass persist_directory, client or host."
         raise ValueError(msg)
 
 

@@ -97,7 +97,7 @@ def _write_anew(passages: Passages) -> int:
 
 
 def _replace(collection: GuardedCollection, fill: Callable[[GuardedCollection], None]) -> None:
-    """Put a copy that a function fills in the place of a collection."""
+    """Replace a collection by a copy that a function fills."""
     session, name = collection.session, f"{collection.name}{COPY}"
     client = session.client
     with contextlib.suppress(NotFoundError):
@@ -112,11 +112,11 @@ def _replace(collection: GuardedCollection, fill: Callable[[GuardedCollection], 
     )
     filled = GuardedCollection(session, name)
     fill(filled)
-    put_in_place(filled, collection.name)
+    replace_by_copy(filled, collection.name)
     collection.forget()
 
 
-def put_in_place(copy: GuardedCollection, name: str) -> None:
+def replace_by_copy(copy: GuardedCollection, name: str) -> None:
     """Give a complete copy the name of a collection, which is deleted if there is one."""
     session = copy.session
     with session.exclusive():

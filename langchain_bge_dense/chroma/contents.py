@@ -85,8 +85,8 @@ class Contents:
     def sample(self) -> Sample:
         """Up to ten texts, from the shortest to the longest."""
         known = sorted({self._longest}.union(*self._by_size.values()))
-        places = np.linspace(0, len(known) - 1, min(_SAMPLE, len(known))).round().astype(int)
-        ids = [known[place][1] for place in places if known[place][0]]
+        chosen = np.linspace(0, len(known) - 1, min(_SAMPLE, len(known))).round().astype(int)
+        ids = [known[n][1] for n in chosen if known[n][0]]
         if not ids:
             return Sample([], [], np.empty((0, 0)))
         found = self._collection.get(ids, include=["documents", "embeddings"])

@@ -60,7 +60,7 @@ def index_documents(
 ) -> IndexResult:
     """Embed and store the documents that the collection lacks.
 
-    A document with an `id` is stored under it, in the place of what had that id; one without is
+    A document with an `id` is stored under it, and replaces what had that id; one without is
     known by a hash of text and metadata. Running this again embeds only what is new or was changed,
     what was truncated by a smaller `max_length`, and finishes what a killed run has begun.
     Documents are read a batch at a time, embedded and stored, before the next is read: a loader's
@@ -203,7 +203,7 @@ class Run:
         self._passages = passages = store.passages
         passages.acquire_writer()
         if lexical is not None:
-            passages.keep(Wanted(lexical))
+            passages.add_signals(Wanted(lexical))
         if fingerprint is not None:
             passages.check_model(fingerprint)
         self._dimension = passages.settings.dimension

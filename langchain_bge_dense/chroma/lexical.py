@@ -76,10 +76,10 @@ class LexicalScores(NamedTuple):
     def of(self, keys: Sequence[str]) -> NDArray[np.float32]:
         """Look up scores of passages, `(len(keys),)`. One without weights of its text has NaN."""
         scores = np.full(len(keys), np.nan, np.float32)
-        for place, key in enumerate(keys):
+        for row, key in enumerate(keys):
             number = self.numbers.get(key)
             if number is not None and number < len(self.values):
-                scores[place] = self.values[number]
+                scores[row] = self.values[number]
         return scores
 
 

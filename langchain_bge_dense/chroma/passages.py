@@ -21,7 +21,7 @@ from langchain_bge_dense.chroma.lexical import LexicalIndex
 from langchain_bge_dense.chroma.records import key_of, passage_of
 from langchain_bge_dense.chroma.session import COPY
 from langchain_bge_dense.chroma.settings import CollectionSettings, check_model, claim, underlying
-from langchain_bge_dense.chroma.signals import Encoded, Kept, Signals, pack
+from langchain_bge_dense.chroma.signals import Available, Encoded, Signals, pack
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Passages:
 
     def _follow(self, found: Collection) -> None:
         """Let settings, signals and index be those of the collection that was opened."""
-        settings = claim(found, self.embeddings, self._own, self.session.place)
+        settings = claim(found, self.embeddings, self._own, self.session.location)
         if settings.uid != self._uid:
             self.signals = Signals.of(self.session, settings.uid)
             self.index = LexicalIndex(self.signals)
@@ -93,8 +93,8 @@ class Passages:
         """Check that the vectors are of a model."""
         check_model(self.collection.name, self.refresh(), fingerprint)
 
-    def keep(self, wanted: Wanted) -> None:
-        """Keep the requested signals of passages that are written from now on."""
+    def add_signals(self, wanted: Wanted) -> None:
+        """Let passages that are written from now on have the requested signals."""
         wanted.check(self.embeddings)
         self._change(lambda found: wanted.added_to(found, self.collection.name))
 
@@ -146,12 +146,12 @@ class Passages:
         With `signals`, they have all signals of the collection, too.
         """
         equal = {r.key: r.id for r in records if r.id in stored and r.equals(*stored[r.id])}
-        settings, kept = self.settings, self.signals.kept(list(equal))
+        settings, available = self.settings, self.signals.available(list(equal))
         wanted = (settings.lexical, bool(settings.colbert)) if signals else (False, False)
         room = getattr(self._model, "max_length", None)
 
         def is_complete(key: str) -> bool:
-            cut_at, *has = kept.get(key, Kept())
+            cut_at, *has = available.get(key, Available())
             whole = not cut_at or (room is not None and room <= cut_at)
             return whole and all(have for have, want in zip(has, wanted, strict=True) if want)
 
@@ -219,8 +219,8 @@ class Passages:
         return added
 
     def _add_missing(self, texts: Mapping[str, str]) -> int:
-        settings, kept = self.settings, self.signals.kept(list(texts))
-        found = {key: kept.get(key, Kept()) for key in texts}
+        settings, available = self.settings, self.signals.available(list(texts))
+        found = {key: available.get(key, Available()) for key in texts}
         lacking = [
             key
             for key, has in found.items()
@@ -252,15 +252,15 @@ class Passages:
         self, vector: NDArray[np.float32], keys: Sequence[str]
     ) -> NDArray[np.float32]:
         scores = np.full(len(keys), np.nan, np.float32)  # (N,)
-        places = {key: place for place, key in enumerate(keys)}
+        rows_of = {key: row for row, key in enumerate(keys)}
         columns = ["documents", "embeddings"]
         found = self.collection.get(list(map(passage_of, keys)), include=columns)
         rows = zip(found["ids"], *(found[name] for name in columns), strict=True)
         vectors = {key_of(passage, text or ""): v for passage, text, v in rows}
-        stored = [key for key in places if key in vectors]
+        stored = [key for key in rows_of if key in vectors]
         if stored:
             chosen = np.array([vectors[key] for key in stored], np.float32)  # (M, D)
-            scores[[places[key] for key in stored]] = cosines(chosen, vector)
+            scores[[rows_of[key] for key in stored]] = cosines(chosen, vector)
         return scores
 
     def _colbert_scores(

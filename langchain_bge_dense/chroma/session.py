@@ -95,7 +95,7 @@ class Session:
         return None if "Rust" in api or "Segment" in api else _BODY
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Folder or URL of the Chroma; empty for one in memory."""
         settings = self.client.get_settings()
         host, port = settings.chroma_server_host, settings.chroma_server_http_port
@@ -194,7 +194,7 @@ class FolderSession(Session):
         self._release: weakref.finalize[..., Any] | None = None
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The folder, as it was written first."""
         return self.folder.path
 
@@ -280,14 +280,14 @@ class FolderSession(Session):
             self.client.close()  # type: ignore[attr-defined]
 
 
-def connect(folder: str | os.PathLike[str] | None, client: Any, place: dict[str, Any]) -> Session:
-    """Connect to the Chroma where a caller has the data: a folder, a client or a server's place."""
+def connect(folder: str | os.PathLike[str] | None, client: Any, given: dict[str, Any]) -> Session:
+    """Connect to the Chroma where a caller has the data: a folder, a client, or a server."""
     if client is not None:
         return _session_of(client)
-    names: dict[str, str] = {key: str(place[key]) for key in ("tenant", "database") if key in place}
+    names: dict[str, str] = {key: str(given[key]) for key in ("tenant", "database") if key in given}
     try:
-        if place.keys() & {"client_settings", "host", "chroma_cloud_api_key"}:
-            return _session_of(_client(folder, place, names))
+        if given.keys() & {"client_settings", "host", "chroma_cloud_api_key"}:
+            return _session_of(_client(folder, given, names))
         if folder is not None:
             return FolderSession(folder_of(folder), names)
         return Session(start(None, names))
@@ -301,22 +301,22 @@ def connect(folder: str | os.PathLike[str] | None, client: Any, place: dict[str,
 
 
 def _client(
-    folder: str | os.PathLike[str] | None, place: dict[str, Any], names: dict[str, str]
+    folder: str | os.PathLike[str] | None, given: dict[str, Any], names: dict[str, str]
 ) -> ClientAPI:
     """Make a client with settings of the caller's, or of a server."""
-    settings = place.get("client_settings") or Settings(anonymized_telemetry=False)
-    if (key := place.get("chroma_cloud_api_key")) is not None:
+    settings = given.get("client_settings") or Settings(anonymized_telemetry=False)
+    if (key := given.get("chroma_cloud_api_key")) is not None:
         options: Any = {**names, "api_key": key, "settings": settings}
         return retried(lambda: chromadb.CloudClient(**options))
-    if place.get("host") is not None:
-        options = {k: place[k] for k in ("host", "port", "ssl", "headers") if k in place}
+    if given.get("host") is not None:
+        options = {k: given[k] for k in ("host", "port", "ssl", "headers") if k in given}
         try:
             return chromadb.HttpClient(settings=settings, **{**options, **names})
         except ValueError as error:
             if "Could not connect" not in str(error):
                 raise
             msg = (
-                f"The Chroma server at {place['host']} does not answer. "
+                f"The Chroma server at {given['host']} does not answer. "
                 "Start it, or correct host and port."
             )
             raise ConnectionError(msg) from error

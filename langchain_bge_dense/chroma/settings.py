@@ -210,13 +210,13 @@ def add_metadata(collection: Collection, metadata: Mapping[str, Any]) -> None:
 
 
 def claim(
-    collection: Collection, embeddings: Embeddings, own: CollectionSettings, place: str
+    collection: Collection, embeddings: Embeddings, own: CollectionSettings, location: str
 ) -> CollectionSettings:
     """Check that the embeddings fit a collection, and write settings to one that has none.
 
     Without settings, a stored document is embedded again and compared with its vector.
     """
-    _check_space(collection, embeddings, place)
+    _check_space(collection, embeddings, location)
     found = CollectionSettings.load(collection.metadata)
     if found is None:
         _check_vectors(collection, embeddings, own)
@@ -237,7 +237,7 @@ def check_model(name: str, found: CollectionSettings, fingerprint: str) -> None:
         raise AnotherModelError(msg)
 
 
-def _check_space(collection: Collection, embeddings: Embeddings, place: str) -> None:
+def _check_space(collection: Collection, embeddings: Embeddings, location: str) -> None:
     configuration = collection.configuration_json
     index = configuration.get("hnsw") or configuration.get("spann") or {}
     space = index.get("space", "l2")
@@ -245,18 +245,18 @@ def _check_space(collection: Collection, embeddings: Embeddings, place: str) -> 
         msg = (
             f"Collection {collection.name!r} has the space {space!r}, not 'cosine'. To take its "
             "vectors over without computing them again, pass the same arguments to adopt of "
-            f"langchain_bge_dense.chroma{_command(collection.name, embeddings, place)}. "
+            f"langchain_bge_dense.chroma{_command(collection.name, embeddings, location)}. "
             "Or take another collection_name."
         )
         raise ValueError(msg)
 
 
-def _command(name: str, embeddings: Embeddings, place: str) -> str:
+def _command(name: str, embeddings: Embeddings, location: str) -> str:
     """Write the command that adopts a collection which another process can open."""
     model = underlying(embeddings)
-    if not place or not isinstance(model, BGEM3Embeddings):
+    if not location or not isinstance(model, BGEM3Embeddings):
         return ""
-    parts = ["python", "-m", "langchain_bge_dense.chroma", "adopt", place]
+    parts = ["python", "-m", "langchain_bge_dense.chroma", "adopt", location]
     parts += ["--collection", name]
     for field in ("model", "base_url"):
         if (value := getattr(model, field)) != BGEM3Embeddings.model_fields[field].default:
@@ -280,10 +280,10 @@ def _check_vectors(collection: Collection, embeddings: Embeddings, own: Collecti
     vectors = sample["embeddings"]
     if vectors is not None and len(vectors):
         _check_dimension(collection.name, len(vectors[0]), own)
-        _check_sample(collection.name, sample["documents"] or [], vectors, embeddings)
+        _check_stored_texts(collection.name, sample["documents"] or [], vectors, embeddings)
 
 
-def _check_sample(
+def _check_stored_texts(
     name: str, documents: Sequence[str | None], vectors: Any, embeddings: Embeddings
 ) -> None:
     texts = [(text, vector) for text, vector in zip(documents, vectors, strict=True) if text]

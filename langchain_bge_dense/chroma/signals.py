@@ -76,12 +76,12 @@ class Encoded(NamedTuple):
         """Count the passages that were cut."""
         return sum(length is not None for length in self.cut_at or ())
 
-    def added_to(self, found: Sequence[Kept]) -> Encoded:
+    def added_to(self, found: Sequence[Available]) -> Encoded:
         """Select the signals that a table lacks, with its lengths of cut vectors."""
 
         def lacking(column: str, values: Sequence[bytes | None] | None) -> Any:
-            kept = (getattr(has, column) for has in found)
-            return values and [None if has else v for v, has in zip(values, kept, strict=True)]
+            present = (getattr(has, column) for has in found)
+            return values and [None if has else v for v, has in zip(values, present, strict=True)]
 
         columns = {name: lacking(name, getattr(self, name)) for name in ("lexical", "codes")}
         return self._replace(cut_at=[has.cut_at for has in found], **columns)
@@ -102,8 +102,8 @@ class Row(NamedTuple):
     codes: bytes | None = None
 
 
-class Kept(NamedTuple):
-    """Signals of a passage that a table has."""
+class Available(NamedTuple):
+    """Signals of a passage that are in a table."""
 
     cut_at: int | None = None
     lexical: bool = False
@@ -147,13 +147,13 @@ class Signals(ABC):
         """Write signals of passages. Absent ones stay as they are."""
         rows = {row.key: row for row in encoded.rows(keys)}
         empty = [key for key, row in rows.items() if row == Row(key)]
-        unknown = set(empty).difference(self.kept(empty))
+        unknown = set(empty).difference(self.available(empty))
         self._write([row for key, row in rows.items() if key not in unknown])
 
-    def kept(self, keys: Sequence[str]) -> dict[str, Kept]:
+    def available(self, keys: Sequence[str]) -> dict[str, Available]:
         """Find the signals that passages have, by key."""
-        rows = [row for page in batch_iterate(_PAGE, keys) for row in self._kept(page)]
-        return {key: kept for key, kept in rows if kept != (None, False, False)}
+        rows = [row for page in batch_iterate(_PAGE, keys) for row in self._available(page)]
+        return {key: found for key, found in rows if found != (None, False, False)}
 
     def codes(self, keys: Sequence[str]) -> dict[str, bytes]:
         """Find the codes of those passages that have any, by key."""
@@ -182,7 +182,7 @@ class Signals(ABC):
     def _write(self, rows: Sequence[Row]) -> None: ...
 
     @abstractmethod
-    def _kept(self, keys: Sequence[str]) -> Iterable[tuple[str, Kept]]: ...
+    def _available(self, keys: Sequence[str]) -> Iterable[tuple[str, Available]]: ...
 
     @abstractmethod
     def _codes(self, keys: Sequence[str]) -> Iterable[tuple[str, bytes]]: ...
@@ -242,9 +242,9 @@ class FolderSignals(Signals):
             with self._database(create=True) as database:
                 database.executemany(_PUT, [row._asdict() for row in rows])
 
-    def _kept(self, keys: Sequence[str]) -> Iterable[tuple[str, Kept]]:
+    def _available(self, keys: Sequence[str]) -> Iterable[tuple[str, Available]]:
         found = self._select("key, cut_at, lexical IS NOT NULL, codes IS NOT NULL", keys)
-        return ((key, Kept(cut_at, *map(bool, rest))) for key, cut_at, *rest in found)
+        return ((key, Available(cut_at, *map(bool, rest))) for key, cut_at, *rest in found)
 
     def _codes(self, keys: Sequence[str]) -> Iterable[tuple[str, bytes]]:
         return (row for row in self._select("key, codes", keys) if row[1] is not None)
@@ -284,7 +284,7 @@ class CollectionSignals(Signals):
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete the signals of passages."""
-        known = list(self.kept(keys))
+        known = list(self.available(keys))
         if known:
             self._collection.delete([*known, *map(_codes_id, known)])
             _upsert(self._collection, [_entry(known)])
@@ -324,10 +324,10 @@ class CollectionSignals(Signals):
     def _write(self, rows: Sequence[Row]) -> None:
         _put(self._collection, rows)
 
-    def _kept(self, keys: Sequence[str]) -> Iterable[tuple[str, Kept]]:
+    def _available(self, keys: Sequence[str]) -> Iterable[tuple[str, Available]]:
         coded = set(self._get(list(map(_codes_id, keys)), include=[])["ids"])
         return (
-            (row.key, Kept(row.cut_at, row.lexical is not None, _codes_id(row.key) in coded))
+            (row.key, Available(row.cut_at, row.lexical is not None, _codes_id(row.key) in coded))
             for row in self._rows(keys)
         )
 

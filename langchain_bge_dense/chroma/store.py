@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _BATCH = 1_000  # documents embedded and written at once
 _NAME = re.compile(r"(?!.*\.\.)[a-zA-Z0-9][a-zA-Z0-9._-]{1,510}[a-zA-Z0-9]")
-_PLACE = (
+_CLIENT_OPTIONS = (
     "client_settings",
     "host",
     "port",
@@ -45,7 +45,7 @@ _PLACE = (
     "tenant",
     "database",
 )
-_PLACES = ("persist_directory", "client", "host", "chroma_cloud_api_key")
+_LOCATIONS = ("persist_directory", "client", "host", "chroma_cloud_api_key")
 
 
 class BGEM3Chroma(Chroma):
@@ -93,7 +93,7 @@ class BGEM3Chroma(Chroma):
             "relevance_score_fn": options.get("relevance_score_fn", _relevance),
         }
         session = session_at(persist_directory, client, **options)
-        options = {key: value for key, value in options.items() if key not in _PLACE}
+        options = {key: value for key, value in options.items() if key not in _CLIENT_OPTIONS}
         self.passages = Passages(session, collection_name, embeddings, own)
         """The passages of the collection, for the other parts of this package."""
         with session.exclusive():
@@ -101,7 +101,7 @@ class BGEM3Chroma(Chroma):
             session.read(self.passages.collection.find)
             super().__init__(collection_name, embeddings, client=session.client, **options)
         self.passages.refresh()
-        self.passages.keep(wanted)
+        self.passages.add_signals(wanted)
 
     @property
     def _client(self) -> ClientAPI:
@@ -168,8 +168,8 @@ class BGEM3Chroma(Chroma):
         """
         columns = _columns(texts, metadatas, ids)
         records = [
-            record(Document.model_construct(page_content=text, metadata=meta, id=name), place)
-            for place, (text, meta, name) in enumerate(columns)
+            record(Document.model_construct(page_content=text, metadata=meta, id=name), position)
+            for position, (text, meta, name) in enumerate(columns)
         ]
         self._write({r.id: r for r in records}.values(), stored=ids is not None)
         return [r.id for r in records]
@@ -205,10 +205,10 @@ class BGEM3Chroma(Chroma):
         self.passages.acquire_writer()
         stored = self.passages.stored([check_id(each, n) for n, each in enumerate(ids)])
         records = {
-            passage: record(document.model_copy(update={"id": passage}), place)._replace(
-                metadata=checked_metadata({**stored[passage][1], **document.metadata}, place)
+            passage: record(document.model_copy(update={"id": passage}), position)._replace(
+                metadata=checked_metadata({**stored[passage][1], **document.metadata}, position)
             )
-            for place, (passage, document) in enumerate(zip(ids, documents, strict=True))
+            for position, (passage, document) in enumerate(zip(ids, documents, strict=True))
             if passage in stored
         }
         self._write(records.values(), stored=True)
@@ -228,11 +228,11 @@ class BGEM3Chroma(Chroma):
             kwargs: `where` and `where_document`, as in Chroma.
 
         Raises:
-            ValueError: Nothing says which documents.
+            ValueError: No document is selected.
         """
         which = {key: value for key, value in {"ids": ids, **kwargs}.items() if value is not None}
         if not any(value or key == "ids" for key, value in which.items()):
-            msg = "Nothing says what to delete. Pass ids, where or where_document."
+            msg = "delete() needs a selection. Pass ids, where or where_document."
             raise ValueError(msg)
         if which.get("ids") != []:
             self.passages.acquire_writer()
@@ -378,9 +378,9 @@ def _columns(
     if len(given) > len(texts):
         _check_lengths("metadatas", given, "texts", texts)
     _check_lengths("ids", named, "texts", texts)
-    for place, (text, name) in enumerate(zip(texts, named, strict=True)):
-        check_text(text, place)
-        named[place] = str(uuid.uuid4()) if name is None else check_id(name, place)
+    for position, (text, name) in enumerate(zip(texts, named, strict=True)):
+        check_text(text, position)
+        named[position] = str(uuid.uuid4()) if name is None else check_id(name, position)
     given += [None] * (len(texts) - len(given))
     return zip(texts, [each or {} for each in given], named, strict=True)
 
@@ -395,17 +395,17 @@ def _check_lengths(one: str, ones: Sequence[Any], other: str, others: Sequence[A
 
 
 def session_at(persist_directory: Any = None, client: Any = None, **options: Any) -> Session:
-    """Open a session at the place that options of `open_chroma` name."""
-    place = {key: options[key] for key in _PLACE if options.get(key) is not None}
-    _check_places(persist_directory=persist_directory, client=client, **place)
-    return connect(persist_directory, client, place)
+    """Open a session at the location that options of `open_chroma` name."""
+    given = {key: options[key] for key in _CLIENT_OPTIONS if options.get(key) is not None}
+    _check_one_location(persist_directory=persist_directory, client=client, **given)
+    return connect(persist_directory, client, given)
 
 
-def _check_places(**options: Any) -> None:
-    """Reject more than one place. langchain-chroma checks all but `client`."""
-    given = [name for name in _PLACES if options.get(name) is not None]
+def _check_one_location(**options: Any) -> None:
+    """Reject more than one location. langchain-chroma checks all but `client`."""
+    given = [name for name in _LOCATIONS if options.get(name) is not None]
     if len(given) > 1:
-        msg = f"{' and '.join(given)} are given, and data has one place. Pass one of them."
+        msg = f"{' and '.join(given)} are given, and a store has one location. Pass one of them."
         raise ValueError(msg)
 
 

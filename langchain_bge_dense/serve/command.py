@@ -41,22 +41,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     arguments = vars(parser.parse_args(argv))
-    place = {name: arguments.pop(name) for name in ("host", "port", "uds")}
+    address = {name: arguments.pop(name) for name in ("host", "port", "uds")}
     options = {
         name: arguments.pop(name) for name in ("aliases", "max_texts", "max_body", "max_queue")
     }
     key = arguments.pop("api_key") or os.environ.get(_KEY_VARIABLE) or None
     open_to_all = arguments.pop("no_api_key")
-    if not (key or open_to_all or place["uds"] or _is_loopback(place["host"])):
+    if not (key or open_to_all or address["uds"] or _is_loopback(address["host"])):
         parser.error(
-            f"{place['host']} can be reached from other machines. Set {_KEY_VARIABLE} to an API "
+            f"{address['host']} can be reached from other machines. Set {_KEY_VARIABLE} to an API "
             "key, or let anyone in with --no-api-key."
         )
     try:
         embeddings = BGEM3Embeddings(**arguments)
     except ValueError as error:
         parser.error(str(error))
-    _run(embeddings, create_app(embeddings, api_key=key, **options), place)
+    _run(embeddings, create_app(embeddings, api_key=key, **options), address)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,19 +106,19 @@ def _log_config() -> dict[str, Any]:
     return config
 
 
-def _url(place: dict[str, Any]) -> str:
+def _url(address: dict[str, Any]) -> str:
     """Write the `base_url` of clients on this machine."""
-    if place["uds"]:
-        return f"unix://{place['uds']}"
-    host = f"[{place['host']}]" if ":" in place["host"] else place["host"]
-    return f"http://{host}:{place['port']}"
+    if address["uds"]:
+        return f"unix://{address['uds']}"
+    host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
+    return f"http://{host}:{address['port']}"
 
 
-def _run(embeddings: BGEM3Embeddings, app: FastAPI, place: dict[str, Any]) -> None:
+def _run(embeddings: BGEM3Embeddings, app: FastAPI, address: dict[str, Any]) -> None:
     """Listen at once, load the model meanwhile, and end if it cannot be loaded."""
     config = uvicorn.Config(
         app,
-        **place,
+        **address,
         access_log=False,
         ws="none",
         log_config=_log_config(),
@@ -134,7 +134,7 @@ def _run(embeddings: BGEM3Embeddings, app: FastAPI, place: dict[str, Any]) -> No
             engine: Any = embeddings.load().engine()
             while not server.started:
                 time.sleep(_POLL_SECONDS)
-            served = (engine.checkpoint.name, engine.device, engine.dtype, _url(place))
+            served = (engine.checkpoint.name, engine.device, engine.dtype, _url(address))
             logger.info("Serving %s on %s in %s at %s (Ctrl-C ends it).", *served)
         except BaseException as error:  # noqa: BLE001 - the main thread tells it
             failed.append(error)

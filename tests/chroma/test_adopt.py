@@ -354,10 +354,10 @@ def test_what_is_a_store_already_gets_the_signals_that_it_lacks(tiny, tmp_path):
 
 def test_what_cannot_be_adopted_is_told(tmp_path):
     embeddings = HashedEmbeddings()
-    with pytest.raises(ValueError, match="Nothing says where the store is to be"):
+    with pytest.raises(ValueError, match="has no location for the store"):
         adopt(embeddings)
     source = Chroma("there", embeddings, client=chromadb.EphemeralClient())
-    with pytest.raises(ValueError, match="Nothing says where the store is to be"):
+    with pytest.raises(ValueError, match="has no location for the store"):
         adopt(embeddings, source=source, collection_metadata={"owner": "me"})
     with pytest.raises(FileNotFoundError, match=r"There is no Chroma in .*typo"):
         adopt(embeddings, persist_directory=tmp_path / "typo")
@@ -452,7 +452,7 @@ def interrupted(embeddings: HashedEmbeddings, monkeypatch, **place: Any) -> None
     """Adopt a collection, and stop before it is put in place."""
     module = sys.modules["langchain_bge_dense.chroma.adopt"]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "put_in_place", lambda *_: exit_())
+        patch.setattr(module, "replace_by_copy", lambda *_: exit_())
         with pytest.raises(KeyboardInterrupt):
             adopt(embeddings, **place)
 

@@ -178,7 +178,7 @@ class TestSpaces:
         ],
     )
     def test_of_a_collection(self, embeddings, configuration, space):
-        session = SimpleNamespace(place="db")
+        session = SimpleNamespace(location="db")
         collection = SimpleNamespace(
             name="n", configuration_json=configuration, metadata=None, session=session
         )

@@ -104,7 +104,7 @@ def test_delete_by_a_filter(store, tiny):
     store.add_texts(TEXTS, [{"row": n} for n in range(3)])
     store.delete(where={"row": {"$lt": 1}})
     assert lexical(store) == expected(tiny, TEXTS[1:])
-    with pytest.raises(ValueError, match="Nothing says what to delete"):
+    with pytest.raises(ValueError, match="needs a selection"):
         store.delete()
     store.delete([])
     assert len(store.get()["ids"]) == 2
@@ -235,7 +235,9 @@ class TestTruncated:
         whole = embeddings.encode(found["documents"]).dense
         np.testing.assert_allclose(found["embeddings"], whole, atol=1e-4)
         assert (
-            not store.passages.signals.kept(list(map(key_of, found["ids"], found["documents"])))
+            not store.passages.signals.available(
+                list(map(key_of, found["ids"], found["documents"]))
+            )
             or lexical
         )
 

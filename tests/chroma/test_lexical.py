@@ -104,7 +104,7 @@ def test_a_text_that_is_being_replaced_keeps_its_weights(store):
     store.passages.signals.delete([former])
     scores = index_of(store).scores({1: 1.0})
     np.testing.assert_array_equal(scores.of([former, new]), [np.nan, 4.0])
-    assert store.passages.signals.kept([former, new]).keys() == {new}
+    assert store.passages.signals.available([former, new]).keys() == {new}
 
 
 def test_a_deleted_passage_that_comes_back(store):
@@ -125,8 +125,8 @@ def test_a_text_changed_behind_the_stores_back_has_no_score(store):
     scores = index_of(store).scores({1: 1.0}).of([key_of("0", "another"), *keys("1")])
     assert np.isnan(scores).all()
     assert scores.dtype == np.float32
-    assert store.passages.signals.kept(keys("0"))
-    assert not store.passages.signals.kept([key_of("0", "another")])
+    assert store.passages.signals.available(keys("0"))
+    assert not store.passages.signals.available([key_of("0", "another")])
 
 
 def test_large_token_ids(store):

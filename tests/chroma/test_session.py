@@ -278,7 +278,7 @@ def test_a_fraction_without_an_operator_and_empty_filters(numbers):
     assert len(numbers.similarity_search("1", k=50, filter={})) == len(NUMBERS)
     assert len(numbers.get(where={})["ids"]) == len(NUMBERS)
     for nothing in ({"where": {}}, {"where_document": {}}, {}):
-        with pytest.raises(ValueError, match="Nothing says what to delete"):
+        with pytest.raises(ValueError, match="needs a selection"):
             numbers.delete(**nothing)
 
 
