@@ -220,7 +220,7 @@ def test_a_client_of_the_callers(tmp_path):
         store = adopt(embeddings, "adopted", client=client)
         assert len(store.similarity_search("passage", k=99)) == 30
         store.delete_collection()
-        assert client.list_collections() == []
+        assert "adopted" not in [each.name for each in client.list_collections()]
 
 
 def test_texts_that_are_missing(tmp_path):
