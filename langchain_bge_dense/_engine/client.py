@@ -33,9 +33,9 @@ from tenacity import (
 
 from langchain_bge_dense._engine.calls import BaseEngine, check_text, result, windows
 from langchain_bge_dense._engine.checkpoint import Checkpoint
-from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense._engine.modules import Modules, Prompts
 from langchain_bge_dense._engine.outputs import encoding_of
+from langchain_bge_dense._engine.process import forkable_lock
 from langchain_bge_dense._engine.wire import unpack
 from langchain_bge_dense._retries import given_up
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import logging
-import os
-import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,9 +11,10 @@ import torch
 from torch import nn
 
 from langchain_bge_dense._engine.outputs import Outputs, TextOutputs, Tokens
+from langchain_bge_dense._engine.process import tokenizers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -120,7 +117,7 @@ class Encoder:
         ]
 
     def _encode(self, text: str) -> Any:
-        with _in_tokenizer():
+        with tokenizers.use():
             return self._backend.encode(text, add_special_tokens=False)
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
@@ -128,7 +125,7 @@ class Encoder:
         tokens: list[Tokens] = []
         for start in range(0, len(texts), _TOKENIZER_CHUNK):
             chunk = list(texts[start : start + _TOKENIZER_CHUNK])
-            with _in_tokenizer():
+            with tokenizers.use():
                 encodings = self._encode_batch(chunk)
             tokens += [self._cut(encoding.ids, max_length) for encoding in encodings]
         return tokens
@@ -263,37 +260,3 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _is_finite(row: TextOutputs) -> bool:
     return all(bool(np.isfinite(output).all()) for output in row if output is not None)
-
-
-_TOKENIZER_THREADS = 64  # at a time
-_permits = threading.Semaphore(_TOKENIZER_THREADS)
-_exiting = threading.Event()
-
-
-@contextlib.contextmanager
-def _in_tokenizer() -> Iterator[None]:
-    if threading.current_thread() is threading.main_thread():
-        yield
-        return
-    with _permits:
-        yield
-    if _exiting.is_set():
-        threading.Event().wait()  # until Python ends this thread
-
-
-def _leave_tokenizer() -> None:
-    # At exit Python ends daemon threads where they are: in older tokenizers this aborts all.
-    _exiting.set()
-    for _ in range(_TOKENIZER_THREADS):
-        _permits.acquire()
-
-
-def _forget_threads() -> None:
-    # Those that were in the tokenizer are not in the child, and never leave it.
-    global _permits  # noqa: PLW0603
-    _permits = threading.Semaphore(_TOKENIZER_THREADS)
-
-
-atexit.register(_leave_tokenizer)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)

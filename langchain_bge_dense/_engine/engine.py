@@ -11,8 +11,8 @@ from langchain_bge_dense._engine import loading
 from langchain_bge_dense._engine.calls import BaseEngine, check_text, result
 from langchain_bge_dense._engine.checkpoint import Checkpoint, read_checkpoint
 from langchain_bge_dense._engine.hub import HubSource, resolve
-from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense._engine.outputs import encoding_of
+from langchain_bge_dense._engine.process import forkable_lock
 from langchain_bge_dense._engine.scheduler import Request, Scheduler
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from langchain_bge_dense._engine.layers import (
     module_weights,
 )
 from langchain_bge_dense._engine.linear import LinearFactory, cpu_has_bf16
-from langchain_bge_dense._engine.locks import forkable_lock
 from langchain_bge_dense._engine.packed import PackedFile, cache_folder
+from langchain_bge_dense._engine.process import forkable_lock
 from langchain_bge_dense._engine.weights import CheckpointWeights
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from langchain_bge_dense._engine.process import at_fork
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 
 _STOP_SECONDS = 10.0  # how long a stop waits for the running batch
 _THREAD = "bge-m3-encoder"
-_PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 @dataclass(eq=False)
@@ -261,7 +262,6 @@ class Scheduler:
 
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
-_parallelism_set = False  # by `_before_fork`
 
 
 def _repeat(scheduler: Scheduler) -> None:
@@ -283,30 +283,10 @@ def _leave_batch(_module: Any, _inputs: Any) -> None:
         raise SystemExit
 
 
-def _before_fork() -> None:
-    """Set what older tokenizers warn of at a fork where it is not set."""
-    global _parallelism_set  # noqa: PLW0603 - the way from one hook of a fork to the next
-    _parallelism_set = bool(_schedulers) and _PARALLELISM not in os.environ
-    if _parallelism_set:
-        os.environ[_PARALLELISM] = "false"
-
-
-def _after_fork_in_parent() -> None:
-    if _parallelism_set:
-        os.environ.pop(_PARALLELISM, None)
-
-
-def _after_fork_in_child() -> None:
-    if _schedulers:
-        os.environ[_PARALLELISM] = "false"  # its thread pool is not in the child: it would hang
+def _reset_all() -> None:
     for scheduler in list(_schedulers):
         scheduler.reset()
 
 
 atexit.register(_stop_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=_after_fork_in_parent,
-        after_in_child=_after_fork_in_child,
-    )
+at_fork(after_in_child=_reset_all)

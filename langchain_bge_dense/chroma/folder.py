@@ -26,7 +26,7 @@ from chromadb.config import Settings
 from chromadb.errors import InternalError
 from filelock import FileLock, Timeout
 
-from langchain_bge_dense._engine.locks import forkable_lock
+from langchain_bge_dense._engine.process import at_fork, forkable_lock
 from langchain_bge_dense.chroma import hnsw
 from langchain_bge_dense.errors import FolderBusyError
 
@@ -421,5 +421,4 @@ def _forget_parent() -> None:
         gc.freeze()  # the end of a garbage client of the parent's would wait for its threads
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_parent)
+at_fork(after_in_child=_forget_parent)

@@ -6,7 +6,6 @@ The encoder is one of a few lines, which says what ran when and can be held up.
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 import weakref
@@ -18,7 +17,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_bge_dense._engine import scheduler as module
 from langchain_bge_dense._engine.outputs import Outputs, TextOutputs, Tokens
 from langchain_bge_dense._engine.scheduler import Queue, Request, Scheduler, Sequence
 
@@ -462,79 +460,6 @@ def test_an_idle_thread_waits(scheduler: Scheduler, monkeypatch: pytest.MonkeyPa
     assert not turns
     dense(enqueue(scheduler, "x"))
     assert turns
-
-
-class TestExit:
-    def test_all_schedulers_stop_and_batches_end_at_their_next_layer(
-        self, encoder: Letters, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        hooks: list[object] = []
-        made = Scheduler(lambda: encoder)
-        monkeypatch.setattr(module, "_schedulers", {made})
-        monkeypatch.setattr(module, "register_module_forward_pre_hook", hooks.append)
-        assert made._thread.daemon  # Python's exit must not wait for it
-        module._stop_all()
-        assert not made._thread.is_alive()
-        assert hooks == [module._leave_batch]
-
-    def test_only_the_thread_of_a_scheduler_leaves(self, scheduler: Scheduler) -> None:
-        module._leave_batch(None, ())
-        left: list[object] = []
-
-        def run() -> None:
-            try:
-                module._leave_batch(None, ())
-            except SystemExit as error:
-                left.append(error)
-
-        thread = threading.Thread(target=run, name=scheduler._thread.name)
-        thread.start()
-        thread.join(WAIT)
-        assert left
-
-
-class TestFork:
-    @pytest.fixture(autouse=True)
-    def _unset(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv(module._PARALLELISM, raising=False)
-
-    def test_what_tokenizers_warn_of_is_set_for_the_fork_alone(self, scheduler: Scheduler) -> None:
-        assert scheduler
-        module._before_fork()
-        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
-        module._after_fork_in_parent()
-        assert "TOKENIZERS_PARALLELISM" not in os.environ
-
-    def test_the_users_own_setting_stays(
-        self, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        assert scheduler
-        monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-        module._before_fork()
-        module._after_fork_in_parent()
-        assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
-
-    def test_without_a_model_nothing_is_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "_schedulers", set())
-        module._before_fork()
-        module._after_fork_in_child()
-        module._after_fork_in_parent()
-        assert "TOKENIZERS_PARALLELISM" not in os.environ
-
-    def test_a_child_starts_a_thread_of_its_own(
-        self, encoder: Letters, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        made = Scheduler(lambda: encoder)
-        parents, inbox = made._thread, made._inbox
-        monkeypatch.setattr(module, "_schedulers", {made})
-        module._after_fork_in_child()
-        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
-        assert dense(enqueue(made, "a")) == [1]
-        assert made._thread is not parents
-        made.stop()
-        inbox.put(None)
-        parents.join(WAIT)
-        assert not parents.is_alive()
 
 
 def test_many_threads_enqueue_at_once(scheduler: Scheduler, encoder: Letters) -> None:
