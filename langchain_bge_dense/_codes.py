@@ -165,8 +165,8 @@ def check_kind(kind: object, pooling: int) -> None:
     """Check that there are such codes."""
     if kind not in KINDS or pooling < 1:
         msg = (
-            f"There are no ColBERT codes of colbert={kind!r} and colbert_pooling={pooling}. "
-            f"Use one of {', '.join(map(repr, KINDS))}, and 1 or more tokens to a vector."
+            f"colbert={kind!r} with colbert_pooling={pooling} is not supported. "
+            f"Use one of {', '.join(map(repr, KINDS))}, and a pooling of 1 or more."
         )
         raise ValueError(msg)
 

@@ -15,7 +15,7 @@ def given_up(server: str, advice: str) -> Callable[[RetryCallState], NoReturn]:
 
     def give_up(state: RetryCallState) -> NoReturn:
         reason = state.outcome.exception() if state.outcome else None
-        msg = f"{server} did not answer {state.attempt_number} times: {reason!r}. {advice}"
+        msg = f"{server} did not answer in {state.attempt_number} attempts: {reason!r}. {advice}"
         raise ConnectionError(msg) from reason
 
     return give_up

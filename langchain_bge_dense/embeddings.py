@@ -173,8 +173,8 @@ class BGEM3Embeddings(BaseModel, Embeddings):
             raise ValueError(msg)
         if given:
             msg = (
-                f"{', '.join(given)} cannot be chosen for the model of the server {self.base_url}. "
-                "Leave out what is the server's, and start the server with it."
+                f"{', '.join(given)} cannot be set for the model of the server {self.base_url}. "
+                "Leave them out, and start the server with these settings."
             )
             raise ValueError(msg)
         return self

@@ -189,7 +189,7 @@ def _check(columns: _Columns, there: Sequence[str]) -> None:
     """Check that the text column exists and that the added ones do not."""
     if there and columns.text not in there:
         msg = (
-            f"The dataset has no column {columns.text!r}, but {', '.join(there)}. "
+            f"The dataset has no column {columns.text!r}; it has {', '.join(there)}. "
             "Name the one with the texts in text_column."
         )
         raise ValueError(msg)

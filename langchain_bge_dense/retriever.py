@@ -93,8 +93,8 @@ class BGEM3Retriever(BaseRetriever):
         colbert = self.vectorstore.colbert if self.colbert is None else self.colbert
         if not any(self.weights[:2]) and not colbert:
             msg = (
-                f"The weights are {self.weights} and ColBERT is not scored, so that nothing counts."
-                " Set colbert=True, or a dense or lexical weight above 0."
+                f"The weights are {self.weights} and ColBERT is off, so that no signal is scored. "
+                "Set colbert=True, or a dense or lexical weight above 0."
             )
             raise ValueError(msg)
         return self

@@ -435,9 +435,9 @@ def own_code(tmp_path: Path) -> None:
     folder = build_family(tmp_path / "code", "qwen2")
     code = {"AutoConfig": "evil.Config", "AutoModel": "evil.Qwen2Model"}
     change_json(folder / "config.json", auto_map=code)
-    refuses(folder, r"config\.json names code of its own \(evil\.Qwen2Model\)")
+    refuses(folder, r"config\.json refers to custom code \(evil\.Qwen2Model\)")
     change_json(folder / "config.json", auto_map=code, model_type="new")
-    refuses(folder, r"config\.json names code of its own \(evil\.Qwen2Model\)")
+    refuses(folder, r"config\.json refers to custom code \(evil\.Qwen2Model\)")
     change_json(folder / "config.json", auto_map={}, model_type="new")
     refuses(folder, r"config\.json describes no model .* `new`")
 
@@ -453,14 +453,14 @@ def reranker(tmp_path: Path) -> None:
     refuses(folder, r"of a reranker .*classifier\.out_proj")
 
 
-@row("an encoder with a decoder, but T5")
+@row("an encoder-decoder other than T5")
 def decoder(tmp_path: Path) -> None:
     folder = build_family(tmp_path / "bart", "bert")
     sizes = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers",)}
     sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     sizes |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
     BartModel(BartConfig(vocab_size=600, d_model=32, **sizes)).save_pretrained(folder)
-    refuses(folder, "of a bart, an encoder with a decoder")
+    refuses(folder, "describes bart, an encoder-decoder")
 
 
 @row("a tokenizer written in Python alone")

@@ -162,10 +162,10 @@ def test_texts_fit_into_memory_together(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(("kind", "pooling"), [("4bit", 1), (True, 1), (1, 1), ("1bit", 0)])
 def test_kinds_that_there_are_not(kind: object, pooling: int) -> None:
-    message = (
-        f"^There are no ColBERT codes of colbert={kind!r} and colbert_pooling={pooling}\\. Use"
-    )
-    with pytest.raises(ValueError, match=f"{message} one of '1bit', '2bit', 'int8', and 1 or more"):
+    message = f"^colbert={kind!r} with colbert_pooling={pooling} is not supported\\. Use"
+    with pytest.raises(
+        ValueError, match=f"{message} one of '1bit', '2bit', 'int8', and a pooling of 1 or more"
+    ):
         check_kind(kind, pooling)
 
 

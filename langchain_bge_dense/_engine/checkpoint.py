@@ -192,8 +192,9 @@ def _load_without_data(folder: Path) -> tuple[Any, dict[str, Any]]:
     config = loaded[0].config
     if config.is_encoder_decoder and config.model_type not in ENCODERS_OF_PAIRS:
         msg = (
-            f"{folder / 'config.json'} is of a {config.model_type}, an encoder with a decoder, of "
-            f"which {', '.join(ENCODERS_OF_PAIRS)} are run. Use an encoder, such as BAAI/bge-m3."
+            f"{folder / 'config.json'} describes {config.model_type}, an encoder-decoder model; "
+            f"of these {', '.join(ENCODERS_OF_PAIRS)} are supported. "
+            "Use an encoder, such as BAAI/bge-m3."
         )
         raise ValueError(msg)
     return loaded
@@ -226,7 +227,7 @@ def check_vocabulary(tokenizer: Any, rows: int, folder: Path) -> None:
         raise ValueError(msg)
     if ids <= set(tokenizer.all_special_ids):
         msg = (
-            f"The tokenizer in {folder} knows no tokens but the special ones: its vocabulary file "
+            f"The tokenizer in {folder} has special tokens alone: its vocabulary file "
             "is missing or of another kind of model. Copy it from where the weights came from."
         )
         raise ValueError(msg)
@@ -262,8 +263,8 @@ def _refuse_code(config: dict[str, Any], file: Path, kind: str) -> None:
     code = mapped.get(kind) if isinstance(mapped, dict) else mapped
     if code:
         msg = (
-            f"{file} names code of its own ({code}), which is not run: without it the vectors "
-            "would be others. Use a checkpoint that transformers runs by itself, or remove "
+            f"{file} refers to custom code ({code}), which is never run, and without which the "
+            "vectors may differ. Use a checkpoint that transformers runs by itself, or remove "
             "auto_map if you know that this one is."
         )
         raise ValueError(msg)
@@ -299,8 +300,8 @@ def _number(config: dict[str, Any], names: tuple[str, ...], folder: Path, least:
     value = config.get(name)
     if not isinstance(value, int) or value < least:
         msg = (
-            f"{folder / 'config.json'} has {value!r} for {name}, which takes a number from {least} "
-            "on. Write it there, as the model was made."
+            f"{folder / 'config.json'} has {value!r} for {name}, which must be a number of {least} "
+            "or more. Correct it to the model's own."
         )
         raise ValueError(msg)
     return value

@@ -43,7 +43,7 @@ class Engine(BaseEngine):
         if options.instruction and not self.checkpoint.modules.pools_prompt:
             msg = (
                 f"{self.checkpoint.name!r} pools without the tokens of its prompt "
-                "(include_prompt=false), which is not done here. Set query_instruction and "
+                "(include_prompt=false), which is not supported. Set query_instruction and "
                 'document_instruction to "", or use sentence-transformers.'
             )
             raise ValueError(msg)
@@ -119,8 +119,8 @@ def wrap(flag: BGEM3FlagModel) -> tuple[Engine, dict[str, Any]]:
     checkpoint = read_checkpoint(folder, Path(flag.model_name_or_path).name, flag.pooling_method)
     if checkpoint.modules.layers or checkpoint.modules.lower_case:
         msg = (
-            f"BGEM3FlagModel does without the modules that {folder} lists behind the pooling, or "
-            "its lower case. Use BGEM3Embeddings(model=...), which does not."
+            f"BGEM3FlagModel ignores the modules after pooling, or the lower-casing, that {folder} "
+            "asks for. Use BGEM3Embeddings(model=...), which applies them."
         )
         raise ValueError(msg)
     device, dtype = loading.placement(flag)

@@ -28,13 +28,16 @@ AMX = torch.cpu._is_amx_tile_supported()  # noqa: SLF001
 def cpu_has_bf16() -> bool:
     """Tell whether PyTorch multiplies bfloat16 in hardware on this CPU.
 
-    Without, PyTorch emulates bfloat16, slower than float32.
+    Without, PyTorch emulates bfloat16, slower than float32. oneDNN, which multiplies, can be told
+    by ONEDNN_MAX_CPU_ISA to use less than the CPU has.
     """
+    mkldnn: Any = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and mkldnn._is_mkldnn_bf16_supported()):  # type: ignore[no-untyped-call]  # noqa: SLF001
+        return False
     if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch, which knows no Arm
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, check, bool)() for check in checks)
-    units = map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16"))
-    return any(units) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))
 
 
 # PyTorch's flash attention makes use of AMX, but not of other bfloat16 products: without AMX long

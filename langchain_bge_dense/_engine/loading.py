@@ -75,13 +75,13 @@ def resolve(device: str, dtype: str) -> tuple[str, str]:
         kind = "meta"
     if kind == "meta":
         msg = (
-            f"PyTorch {torch.__version__} finds no device {device!r} on this machine. "
+            f"PyTorch {torch.__version__} does not find device {device!r} on this machine. "
             'Use device="auto" or "cpu", or install a PyTorch build for that device.'
         )
         raise ValueError(msg)
     if dtype == "int8" and kind != "cpu":
         msg = (
-            f'dtype="int8" was asked for on device {device!r}, and only a CPU runs it. '
+            f'dtype="int8" runs on a CPU alone, not on device {device!r}. '
             'Use device="cpu", or another dtype.'
         )
         raise ValueError(msg)

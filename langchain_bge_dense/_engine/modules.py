@@ -170,8 +170,8 @@ def _check_kinds(folder: Path, modules: list[Module]) -> None:
         if module.kind not in (kinds[number] if number < len(kinds) else later):
             msg = (
                 f"{folder / MODULES_FILE} lists {module.kind!r} as module {number}, which is not "
-                "run there: a Transformer and a Pooling of sentence-transformers come first, then "
-                f"{', '.join(later)}. Use sentence-transformers for this model."
+                "supported there: a Transformer and a Pooling of sentence-transformers come first, "
+                f"then {', '.join(later)}. Use sentence-transformers for this model."
             )
             raise ValueError(msg)
 
@@ -241,7 +241,7 @@ def _dense(folder: Path) -> Dense:
     activation = layer.activation.rpartition(".")[2]
     if not known or activation not in _ACTIVATIONS or names != {"sentence_embedding"}:
         msg = (
-            f"{file} asks for {layer.activation} of {sorted(names)}, and a Dense module runs "
+            f"{file} asks for {layer.activation} of {sorted(names)}; supported are "
             f"{', '.join(_ACTIVATIONS)} of torch.nn on the pooled vector. "
             "Use sentence-transformers for this model."
         )
@@ -262,7 +262,7 @@ def _transformer_settings(folder: Path) -> dict[str, Any]:
             value = dict(value).get("text")
         if value != expected:
             msg = (
-                f"{file} sets {name}={config[name]!r}, which is not done here. Remove it if the "
+                f"{file} sets {name}={config[name]!r}, which is not supported. Remove it if the "
                 "model gives the right vectors without, or use sentence-transformers."
             )
             raise ValueError(msg)

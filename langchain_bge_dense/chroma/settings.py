@@ -122,8 +122,8 @@ class Wanted(NamedTuple):
         wanted = [option for option, value in options.items() if value]
         if wanted and not isinstance(underlying(embeddings), BGEM3Embeddings):
             msg = (
-                f"{' and '.join(wanted)} was asked for, and {type(embeddings).__name__} gives "
-                "dense vectors alone. Open the store with BGEM3Embeddings, or leave it out."
+                f"{' and '.join(wanted)} needs BGEM3Embeddings, and {type(embeddings).__name__} "
+                "computes dense vectors alone. Open the store with the former, or leave it out."
             )
             raise TypeError(msg)
 
@@ -138,7 +138,7 @@ class Wanted(NamedTuple):
             refused = f"colbert={self.colbert!r} with colbert_pooling={self.pooling}"
         if refused:
             msg = (
-                f"{refused} was asked for, and collection {name!r} has {found.signals()}. "
+                f"{refused} was requested, and collection {name!r} has {found.signals()}. "
                 "Leave it out, or take another collection_name."
             )
             raise ValueError(msg)
@@ -195,8 +195,8 @@ def require_cosine(space: str, where: str) -> None:
     """Check that a space is cosine."""
     if space != "cosine":
         msg = (
-            f"The {where} names the space {space!r}, and scores here are cosines. "
-            "Leave the space out, or say 'cosine'."
+            f"The {where} sets the space {space!r}, and a store needs 'cosine'. "
+            "Leave the space out, or set it to 'cosine'."
         )
         raise ValueError(msg)
 

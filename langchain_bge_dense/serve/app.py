@@ -54,7 +54,7 @@ class _Entrance:
             if self._may_enter(scope):
                 await self._app(scope, self._bounded(receive), noted)
             else:
-                msg = "The API key is missing or another one. Give the server's as api_key."
+                msg = "Missing or invalid API key. Pass the server's as api_key."
                 answer = _refused(Request(scope), refusal(401, PermissionError(msg)))
                 await answer(scope, receive, noted)
         finally:
@@ -103,13 +103,13 @@ def _refused(http: Request, error: Exception) -> JSONResponse:
 def _malformed(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - as above
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:])
-    msg = f"The request's {place or 'body'} is wrong: {first['msg']}. Correct it; see /docs."
+    field = ".".join(str(part) for part in first["loc"][1:])
+    msg = f"The request's {field or 'body'} is wrong: {first['msg']}. Correct it; see /docs."
     return _refused(http, refusal(422, ValueError(msg)))
 
 
 def _failed(http: Request, error: Exception) -> JSONResponse:
-    msg = f"The server failed: {type(error).__name__}. Its log says where."
+    msg = f"The server failed with {type(error).__name__}. Its log has the traceback."
     return _refused(http, refusal(500, RuntimeError(msg)))
 
 

@@ -123,8 +123,8 @@ class Service:
             await self._load()
         if model and _plain(model) not in map(_plain, self.names):
             msg = (
-                f"This server has {' or '.join(map(repr, self.names))}, not {model!r}. "
-                "Ask for that, or start the server with --alias where another name is meant."
+                f"This server serves {' or '.join(map(repr, self.names))}, not {model!r}. "
+                "Request that model, or start the server with the other name as --alias."
             )
             raise refusal(404, ValueError(msg))
         if dimensions not in (None, self.embeddings.dimension):
@@ -235,7 +235,7 @@ class Service:
         """Count a request that waits or runs, if there is room for one more."""
         if self._queued >= self.limits["queue"]:
             msg = (
-                f"{self._queued:,} requests wait, as many as this server takes. "
+                f"The queue is full: {self._queued:,} requests wait. "
                 f"Try again in {_RETRY_SECONDS} s."
             )
             raise refusal(429, ConnectionError(msg), {"Retry-After": str(_RETRY_SECONDS)})

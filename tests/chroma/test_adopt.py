@@ -367,7 +367,7 @@ def test_what_cannot_be_adopted_is_told(tmp_path):
         adopt(embeddings, "notes", persist_directory=tmp_path)
     with pytest.raises(TypeError, match=r"source is str\. Pass the Chroma that has"):
         adopt(embeddings, source="langchain", persist_directory=tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="lexical=True was asked for, and HashedEmbeddings"):
+    with pytest.raises(TypeError, match="lexical=True needs BGEM3Embeddings, and HashedEmbeddings"):
         adopt(embeddings, persist_directory=tmp_path, lexical=True)
     assert left(tmp_path) == (3, "l2")
 

@@ -164,7 +164,7 @@ class TestSpaces:
     @pytest.mark.parametrize("index", ["hnsw", "spann"])
     def test_another_is_refused(self, index):
         message = (
-            "^The collection_configuration names the space 'l2', .*cosines. Leave .* 'cosine'.$"
+            "^The collection_configuration sets the space 'l2', .*'cosine'. Leave .* 'cosine'.$"
         )
         with pytest.raises(ValueError, match=message):
             cosine_configuration({index: {"space": "l2"}})

@@ -140,7 +140,7 @@ def test_the_server_stays_away(server, place, monkeypatch):
         yield from passages(200)[100:]
 
     with pytest.raises(
-        ConnectionError, match=r"did not answer 3 times.* Start it and run this again"
+        ConnectionError, match=r"did not answer in 3 attempts.* Start it and run this again"
     ):
         index_documents(store, disturbed(), batch_size=40)
     server.start()

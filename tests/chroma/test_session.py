@@ -121,7 +121,7 @@ class TestServer:
         monkeypatch.setattr(RETRYING, "stop", stop_after_attempt(2))
         store = open_chroma(HashedEmbeddings(), "gone", **place)
         server.stop()
-        with pytest.raises(ConnectionError, match="did not answer 2 times"):
+        with pytest.raises(ConnectionError, match="did not answer in 2 attempts"):
             store.similarity_search("one")
         server.start()
 

@@ -143,7 +143,7 @@ def test_bad_arguments(embeddings, tmp_path):
         open_chroma(embeddings, client=client, host="localhost")
     with pytest.raises(TypeError, match="are str, not LangChain Embeddings"):
         open_chroma("BAAI/bge-m3")
-    with pytest.raises(ValueError, match="collection_configuration names the space 'l2'"):
+    with pytest.raises(ValueError, match="collection_configuration sets the space 'l2'"):
         open_chroma(embeddings, collection_configuration={"hnsw": {"space": "l2"}})
-    with pytest.raises(ValueError, match="collection_metadata names the space 'ip'"):
+    with pytest.raises(ValueError, match="collection_metadata sets the space 'ip'"):
         open_chroma(embeddings, collection_metadata={"hnsw:space": "ip"})

@@ -134,7 +134,7 @@ def test_code_does_not_run_and_no_namesake_runs_in_its_place(
 ) -> None:
     """Such a Qwen2 looks both ways, and transformers' own Qwen2 does not."""
     with_code(folder, marker, name, **settings)
-    with pytest.raises(ValueError, match=rf"{name} names code of its own \(.*evil\.Model"):
+    with pytest.raises(ValueError, match=rf"{name} refers to custom code \(.*evil\.Model"):
         load(folder)
     assert not marker.exists()
 

@@ -163,21 +163,32 @@ def test_dtype(machine, dtype: str, device: str, chosen: str, *, bf16: bool) -> 
 @pytest.mark.parametrize("device", ["cuda", "auto", "mps"])
 def test_int8_is_for_a_cpu(machine, device: str) -> None:
     machine(cuda=True, mps=True)
-    with pytest.raises(ValueError, match='dtype="int8" was asked for on device'):
+    with pytest.raises(ValueError, match='dtype="int8" runs on a CPU alone, not on device'):
         resolve(device, "int8")
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "", "hpu"])
 def test_a_device_that_is_not_there(device: str) -> None:
-    with pytest.raises(ValueError, match=f"no device '{device}'"):
+    with pytest.raises(ValueError, match=f"does not find device '{device}'"):
         resolve(device, "auto")
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="there is no /proc/cpuinfo")
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").exists() or "ONEDNN_MAX_CPU_ISA" in os.environ,
+    reason="there is no /proc/cpuinfo, or oneDNN is told to use less than it says",
+)
 def test_bf16_is_found_where_the_kernel_finds_it() -> None:
     flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     units = {"x86_64": {"avx512_bf16", "amx_bf16"}, "aarch64": {"bf16"}}[platform.machine()]
     assert cpu_has_bf16() == bool(flags & units)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the variable is for x86")
+def test_bf16_is_not_used_where_onednn_may_not() -> None:
+    code = "from langchain_bge_dense._engine.loading import resolve; print(resolve('cpu', 'auto'))"
+    limited = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    found = subprocess.run([sys.executable, "-c", code], env=limited, stdout=-1, check=True)
+    assert b"float32" in found.stdout
 
 
 @pytest.fixture(scope="module")

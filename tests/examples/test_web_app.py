@@ -182,7 +182,7 @@ def test_an_error_is_said_on_the_page(
         reply = TestClient(web_app.create_app()).get("/", params={"q": "seal"})
     assert reply.status_code == 503
     page = BeautifulSoup(reply.text, "html.parser")
-    assert page.select_one("[role=alert]").text.startswith("0 requests wait")
+    assert page.select_one("[role=alert]").text.startswith("The queue is full: 0 requests wait")
     assert page.select_one("input[name=q]")["value"] == "seal"
 
 

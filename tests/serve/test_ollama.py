@@ -95,7 +95,7 @@ def test_errors_are_as_its_client_reads_them(client: ollama.Client) -> None:
     with pytest.raises(ollama.ResponseError) as raised:
         client.embed("nomic-embed-text", TEXTS)
     assert raised.value.status_code == 404
-    assert raised.value.error.startswith("This server has 'tiny' or 'bge-m3', not 'nomic-embed")
+    assert raised.value.error.startswith("This server serves 'tiny' or 'bge-m3', not 'nomic-embed")
     with pytest.raises(ollama.ResponseError, match="32 dimensions, not 16"):
         client.embed("bge-m3", TEXTS, dimensions=16)
 

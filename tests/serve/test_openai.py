@@ -105,7 +105,7 @@ class TestNames:
             openai.OpenAI(base_url=f"{url}/v1", api_key=KEY) as client,
         ):
             assert client.embeddings.create(model="dense-only", input="free").data
-            with pytest.raises(openai.NotFoundError, match="This server has 'dense-only', not"):
+            with pytest.raises(openai.NotFoundError, match="This server serves 'dense-only', not"):
                 client.embeddings.create(model="bge-m3", input="free")
 
     def test_aliases_of_the_command_line(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
