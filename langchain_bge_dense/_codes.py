@@ -92,13 +92,13 @@ class Codec(NamedTuple):
         return b"".join(part.tobytes() for part in parts)
 
     def decompress(self, codes: bytes) -> NDArray[np.float32]:
-        """Vectors of a passage as its codes have them, `(P, D)`."""
+        """Restore the vectors of a passage from its codes, `(P, D)`."""
         scales, packed = self._parts(codes)
         vectors: NDArray[np.float32] = self.mean + scales[:, None] * self._levels(packed)
         return vectors  # (P, D)
 
     def check(self, codes: bytes) -> None:
-        """Check that codes are of this kind and width."""
+        """Check that codes have this kind and width."""
         token = 2 + self._width
         if codes[:1] != bytes([KINDS.index(self.kind)]) or (len(codes) - 1) % token:
             msg = (
@@ -123,7 +123,7 @@ class Codec(NamedTuple):
     def _products(
         self, packed: NDArray[np.uint8], query: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """Products of codes with query vectors, `(P, Q)`: bits weigh what they add to a level."""
+        """Multiply codes by query vectors, `(P, Q)`. A bit counts as much as it adds to a level."""
         values = _BITS.get(self.kind, (1,))
         weights = np.kron(query.T, np.array(values, np.float32)[:, None])  # (D bits, Q)
         products = np.empty((len(packed), len(query)), np.float32)  # (P, Q)
@@ -136,7 +136,7 @@ class Codec(NamedTuple):
         return products
 
     def _numbers(self, packed: NDArray[np.uint8]) -> NDArray[np.uint8 | np.int8]:
-        """Packed codes `(P, B)` as bits, `(P, D bits)`, or as integers of 8 bits."""
+        """Unpack codes `(P, B)` to bits, `(P, D bits)`, or to integers of 8 bits."""
         if self.kind == "int8":
             return packed.view(np.int8)
         return np.unpackbits(packed, axis=1, count=len(self.mean) * len(_BITS[self.kind]))
@@ -147,14 +147,14 @@ class Codec(NamedTuple):
         return -(-len(self.mean) // _PER_BYTE[self.kind])
 
     def _parts(self, codes: bytes) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """Scales `(P,)` and packed codes `(P, B)` of a passage."""
+        """Split the codes of a passage into scales `(P,)` and packed codes `(P, B)`."""
         count = (len(codes) - 1) // (2 + self._width)
         scales = np.frombuffer(codes, np.float16, count, 1).astype(np.float32)
         packed = np.frombuffer(codes, np.uint8, count * self._width, 1 + 2 * count)
         return scales, packed.reshape(count, self._width)
 
     def _levels(self, packed: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Packed codes `(P, B)` as the numbers that a scale is multiplied by, `(P, D)`."""
+        """Unpack codes `(P, B)` to the numbers that a scale is multiplied by, `(P, D)`."""
         numbers = self._numbers(packed).reshape(len(packed), len(self.mean), -1)
         values = np.array(_BITS.get(self.kind, (1,)), np.float32)
         levels: NDArray[np.float32] = numbers @ values + np.float32(_LOWEST[self.kind])
@@ -162,7 +162,7 @@ class Codec(NamedTuple):
 
 
 def check_kind(kind: object, pooling: int) -> None:
-    """Check that there are such codes."""
+    """Check kind and pooling of codes."""
     if kind not in KINDS or pooling < 1:
         msg = (
             f"colbert={kind!r} with colbert_pooling={pooling} is not supported. "

@@ -154,7 +154,7 @@ class Matches:
     passages: tuple[Match, ...]
 
     def strong_marks(self, match: Match) -> list[Mark]:
-        """Marks of a passage without those that are faint beside the strongest of all passages."""
+        """Select the marks of a passage that are not faint beside the strongest of all passages."""
         return [mark for mark in match.marks if mark.score >= _FAINTEST * self._strongest]
 
     def to_html(self, labels: Sequence[str] | None = None) -> str:
@@ -201,7 +201,7 @@ class Matches:
         return max((mark.score for match in self.passages for mark in match.marks), default=0)
 
     def _underlined(self, match: Match) -> list[Mark]:
-        """Places of similar tokens that are at least half as similar as the best of all."""
+        """Find the spans of tokens that are at least half as similar as the best of all."""
         found = [token.similarity for each in self.passages for token in each.similar]
         strong = [token for token in match.similar if token.similarity >= max(found) / 2]
         places = sorted(Mark(token.start, token.end, token.similarity) for token in strong)
@@ -288,7 +288,7 @@ def _documents(passages: Iterable[str | Document]) -> list[Document]:
 def _stored(
     embeddings: BGEM3Embeddings, store: BGEM3Chroma | None, documents: Sequence[Document]
 ) -> dict[int, NDArray[np.float32]]:
-    """ColBERT vectors, `(T, D)`, of those documents of which the store keeps one for each token."""
+    """Look up ColBERT vectors, `(T, D)`, by row, of documents that have one for each token."""
     if store is None:
         return {}
     from langchain_bge_dense.chroma.records import key_of

@@ -233,5 +233,5 @@ def _actors(
 
 
 def _groups(cores: Sequence[float], size: float) -> float:
-    """Groups of cores on all machines, one core of each left out."""
+    """Group the cores of all machines, and leave one core of each out."""
     return sum(max(0, count - 1) // size for count in cores) if size else 1

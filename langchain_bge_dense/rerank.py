@@ -107,7 +107,7 @@ class BGEM3Reranker(BaseDocumentCompressor):
         return [_with_scores(documents[n], scores, n) for n in order.tolist()]
 
     def _scores(self, query: str, documents: Sequence[Document]) -> dict[str, NDArray[np.float32]]:
-        """Scores by name, each `(N,)`."""
+        """Compute the scores by name, each `(N,)`."""
         used = {name: w for name, w in zip(SIGNALS, self.weights, strict=True) if w > 0}
         wanted: Any = {name: name in used for name in SIGNALS}
         model = self._model

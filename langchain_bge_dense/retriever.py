@@ -135,7 +135,7 @@ class BGEM3Retriever(BaseRetriever):
         return type(self)(**{**dict(self), **options}).sharing(self._warned)
 
     def sharing(self, warned: set[str]) -> Self:
-        """Share with another retriever what has been warned of."""
+        """Share the warnings that were given with another retriever."""
         self._warned = warned
         return self
 
@@ -169,7 +169,7 @@ class BGEM3Retriever(BaseRetriever):
         return found
 
     def _warn_of(self, lacking: int, count: int, what: str, *, kept: bool) -> None:
-        """Say once what passages lack.
+        """Warn once of signals that passages lack.
 
         Args:
             lacking: How many.

@@ -61,7 +61,7 @@ class Options(NamedTuple):
 
 
 class Running(Protocol):
-    """A window of texts that is computed; to cancel its future drops those that have not run."""
+    """A window of texts in computation. Cancelling its future drops those that have not run."""
 
     future: Future[Any]
     finished: int
@@ -87,23 +87,23 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def enqueue(self, request: Any) -> None:
-        """Have it computed."""
+        """Start the computation of a request."""
 
     @abstractmethod
     def encoding(self, requests: Sequence[Any], outputs: Outputs, options: Options) -> M3Encoding:
-        """Put the outputs of requests that have run together."""
+        """Join the outputs of requests that have run."""
 
     @abstractmethod
     def token_strings(self, weights: dict[int, float]) -> dict[str, float]:
-        """Lexical weights by token string, the largest first."""
+        """Spell the tokens of lexical weights, the largest weight first."""
 
     @abstractmethod
     def token_spans(self, text: str) -> list[tuple[int, int, int]]:
-        """Tokens of a text in order: id, and where in the text it starts and ends."""
+        """List the tokens of a text in order: id, start and end."""
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text without the special ones around it."""
+        """Count the tokens of a text, without special ones."""
 
     def encode(
         self,
@@ -134,7 +134,7 @@ class BaseEngine(ABC):
             return call.warned(await asyncio.to_thread(call.encoding))
 
     def stream(self, texts: Iterable[str], options: Options) -> Iterator[NDArray[np.float32]]:
-        """Dense vectors of any iterable one by one, each `(D,)`, in constant memory."""
+        """Yield dense vectors of any iterable one by one, each `(D,)`, in constant memory."""
         call = Call(self, checked_texts(texts), Outputs(), options)
         return self._vectors(call)
 
@@ -146,7 +146,7 @@ class BaseEngine(ABC):
                 yield from call.warned(call.encoding()).dense  # type: ignore[misc]
 
     def require(self, outputs: Outputs) -> None:
-        """Check that the checkpoint has the heads for outputs, of which one is asked for."""
+        """Check that any output is requested, and that the checkpoint has the heads for it."""
         if not (outputs.dense or outputs.lexical or outputs.colbert):
             msg = "No output is asked for. Set dense, lexical or colbert to True."
             raise ValueError(msg)
@@ -206,7 +206,7 @@ class Call:
         self._collected.append(self._running.popleft())
 
     def encoding(self) -> M3Encoding:
-        """Put the results that were collected since the last time together."""
+        """Join the results that were collected since the last time."""
         encoding = self._engine.encoding(self._collected, self._outputs, self._options)
         self._collected = []
         return encoding
@@ -229,7 +229,7 @@ class Call:
 def windows(
     items: Iterable[T], size: Callable[[T], int], room: int, most: int = sys.maxsize
 ) -> Iterator[list[T]]:
-    """Items in order, `most` at once and as many as there is room for, one at least.
+    """Yield items in windows of at most `most` and as many as there is room for, one at least.
 
     >>> list(windows(["abc", "d", "e", "fghijk", "l"], len, room=4, most=2))
     [['abc', 'd'], ['e'], ['fghijk'], ['l']]
@@ -303,7 +303,7 @@ def warn_caller(message: str) -> None:
 
 @contextlib.contextmanager
 def _bar(total: int, *, show: bool) -> Iterator[Callable[[int], object]]:
-    """Make a bar's function that shows how many more texts have run."""
+    """Show a bar, which a function moves by texts that have run."""
     if not show or total < 2:  # noqa: PLR2004 - one text is over before a bar says anything
         yield _to_nobody
         return

@@ -93,7 +93,7 @@ _ALIVE = [
 
 @dataclass(eq=False)
 class Post:
-    """A window of texts on its way.
+    """A window of texts that was sent to the server.
 
     Attributes:
         bodies: Of HTTP requests, each as large as the server takes, and its number of texts.
@@ -186,7 +186,7 @@ class Client(BaseEngine):
         return replies
 
     def encoding(self, requests: Sequence[Post], outputs: Outputs, options: Options) -> M3Encoding:
-        """Put the replies to requests together."""
+        """Join the replies to requests."""
         if requests:
             return unpack([reply for request in requests for reply in request.future.result()])
         return encoding_of(
@@ -200,16 +200,16 @@ class Client(BaseEngine):
         )
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text without the special ones around it."""
+        """Count the tokens of a text, without special ones."""
         return len(self.token_spans(check_text(text, 0)))
 
     def token_strings(self, weights: dict[int, float]) -> dict[str, float]:
-        """Lexical weights by token string, the largest first."""
+        """Spell the tokens of lexical weights, the largest weight first."""
         named: dict[str, float] = self._answer("/tokens", {"weights": weights})
         return named
 
     def token_spans(self, text: str) -> list[tuple[int, int, int]]:
-        """Tokens of a text in order: id, and where in the text it starts and ends."""
+        """List the tokens of a text in order: id, start and end."""
         return [tuple(span) for span in self._answer("/tokenize", {"text": text})]
 
     def _answer(self, path: str, question: dict[str, Any]) -> Any:
@@ -239,7 +239,7 @@ class Client(BaseEngine):
         )
 
     def _log_away(self, state: RetryCallState) -> None:
-        """Log once that the server is away, however many calls wait for it."""
+        """Log once that the server does not answer, however many calls wait for it."""
         if state.outcome is not None and not self._is_away:
             self._is_away = True
             logger.warning(
@@ -262,7 +262,7 @@ class Client(BaseEngine):
         return response.content
 
     def _error(self, response: httpx.Response) -> Exception:
-        """Make the error that the server raised, or the one of another kind of server."""
+        """Rebuild the error that the server raised, or make one for a server of another kind."""
         try:
             error = response.json()["error"]
             return _ERRORS[error["type"]](error["message"])

@@ -91,11 +91,11 @@ class Encoder:
         self._cuts_left = tokenizer.cuts_left
 
     def count(self, text: str) -> int:
-        """Number of tokens of a text, special tokens left out."""
+        """Count the tokens of a text, without special ones."""
         return len(self._encode(text).ids)
 
     def token_strings(self, weights: dict[int, float]) -> dict[str, float]:
-        """Lexical weights by token string, the largest first.
+        """Spell the tokens of lexical weights, the largest weight first.
 
         Where two tokens read the same, the lighter one goes by its form in the vocabulary.
         """
@@ -108,7 +108,7 @@ class Encoder:
         return strings
 
     def token_spans(self, text: str) -> list[tuple[int, int, int]]:
-        """Tokens of a text in order: id, and where in the text it starts and ends."""
+        """List the tokens of a text in order: id, start and end."""
         encoded = self._encode(text)
         rows = zip(encoded.ids, encoded.offsets, encoded.tokens, strict=True)
         return [
@@ -243,7 +243,7 @@ class Heads:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception says that device or system have no memory left.
+    """Tell whether an exception means that device or system are out of memory.
 
     >>> is_out_of_memory(RuntimeError("MPS backend out of memory"))
     True

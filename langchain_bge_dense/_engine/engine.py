@@ -62,7 +62,7 @@ class Engine(BaseEngine):
     def encoding(
         self, requests: Sequence[Request], outputs: Outputs, options: Options
     ) -> M3Encoding:
-        """Put the rows of requests that have run together."""
+        """Join the rows of requests that have run."""
         return encoding_of(
             [tokens for request in requests for tokens in request.tokens],
             [row for request in requests for row in request.future.result()],
@@ -74,15 +74,15 @@ class Engine(BaseEngine):
         )
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text without the special ones around it."""
+        """Count the tokens of a text, without special ones."""
         return self.encoder.count(check_text(text, 0))
 
     def token_strings(self, weights: dict[int, float]) -> dict[str, float]:
-        """Lexical weights by token string, the largest first."""
+        """Spell the tokens of lexical weights, the largest weight first."""
         return self.encoder.token_strings(weights)
 
     def token_spans(self, text: str) -> list[tuple[int, int, int]]:
-        """Tokens of a text in order: id, and where in the text it starts and ends."""
+        """List the tokens of a text in order: id, start and end."""
         return self.encoder.token_spans(text)
 
 

@@ -31,7 +31,7 @@ _BLOCK_BYTES = 1 << 12
 
 
 class Parsing(AbstractContextManager[None]):
-    """Turns whatever a parser raises at a broken file into a `ValueError` that names the file.
+    """Turn any error of a parser at a damaged file into a `ValueError` that names the file.
 
     Args:
         file: The file that is parsed.
@@ -59,7 +59,7 @@ def first_line(error: Exception) -> str:
 
 
 def damaged(file: Path, reason: str) -> BrokenCheckpointError:
-    """Make the error of a damaged file."""
+    """Make the error for a damaged file."""
     with file.open("rb") as stream:
         if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
             reason = "it is a pointer of Git LFS in place of the file (`git lfs pull` fetches it)"
@@ -156,7 +156,7 @@ def tensors_of(file: Path, device: str = "cpu") -> dict[str, Any]:
 
 
 def digest_of(folder: Path, files: Iterable[Path], settings: str) -> str:
-    """Twelve hex digits over settings and files of a folder, in milliseconds.
+    """Digest settings and files of a folder in milliseconds, to twelve hex digits.
 
     Small files are hashed whole, large ones in evenly spread blocks.
     """

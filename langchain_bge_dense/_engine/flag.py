@@ -78,7 +78,7 @@ class _Importer:
         self._modules: dict[str, ModuleType] = {}
 
     def module(self, name: str) -> Any:
-        """One of `_MODULES`."""
+        """Run one of `_MODULES`, unless it has run."""
         if name not in self._modules:
             file = self._parent.joinpath(*name.split(".")).with_suffix(".py")
             loader = SourceFileLoader(name, str(file))

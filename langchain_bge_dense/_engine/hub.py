@@ -104,7 +104,7 @@ def _is_offline(source: HubSource) -> bool:
 
 
 def _missing_files(source: HubSource, folder: Path) -> list[str]:
-    """Weights, and files of modules in folders of their own, that the snapshot lacks."""
+    """Name the weights, and the files of modules in their own folders, that the snapshot lacks."""
     listed = _listing(source, folder) or []
     needed = []
     for part in {module.path for module in listed_modules(folder)}:
@@ -130,7 +130,7 @@ def _listing(source: HubSource, folder: Path) -> list[PurePosixPath] | None:
 
 
 def _require_modules(source: HubSource, folder: Path) -> None:
-    """Check that a snapshot that others fetched is known to have all that changes the vectors."""
+    """Check that a snapshot from another program has all files that change the vectors."""
     from huggingface_hub import try_to_load_from_cache
 
     known = try_to_load_from_cache(

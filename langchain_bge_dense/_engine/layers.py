@@ -117,7 +117,7 @@ def module_weights(encoder: nn.Module) -> Weights:
 
 
 def converted(weights: Weights, linear: LinearFactory) -> Parts:
-    """Parts of a transformers encoder in the form that layers are made of, and a file keeps."""
+    """Convert the parts of a transformers encoder to the form of layers, and of a packed file."""
 
     def part(name: str) -> Part:
         found = weights(name)
@@ -262,13 +262,13 @@ def attention_over(lengths: Sequence[int], device: torch.device, dtype: torch.dt
 
 
 def _scaled_dot_product(qkv: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one run, `(3, H, T, D / H)` to `(H, T, D / H)`."""
+    """Compute the attention of one run, `(3, H, T, D / H)` to `(H, T, D / H)`."""
     query, key, value = qkv[:1], qkv[1:2], qkv[2:]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)[0]
 
 
 def _by_products(qkv: Tensor) -> Tensor:
-    """Attention of one text in bfloat16, by batched products of some heads and queries at a time.
+    """Compute the attention of one text in bfloat16, by products of some heads and queries at once.
 
     A score that is rounded to bfloat16 is off by up to 0.4 %, too much where it is large. So a
     first product finds about the largest score of each query, and a second one takes it off before

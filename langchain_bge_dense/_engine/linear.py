@@ -81,7 +81,7 @@ class LinearFactory:
         self.form = f"{self._kind.__name__} {state_dtype}"  # names what `convert` makes
 
     def convert(self, weight: Tensor) -> Tensor | Quantized:
-        """Bring a weight into the form that a layer of this dtype is made of, and a file keeps."""
+        """Convert a weight to the form of a layer of this dtype, and of a packed file."""
         converted: Tensor | Quantized = self._kind.convert(weight, self.state_dtype)
         return converted
 
@@ -165,7 +165,7 @@ class PlainInt8Linear:
         self._codes = codes.clone()  # (N, K)
 
     def _product(self, codes: Tensor) -> Tensor:
-        """Products of codes by the scales of the weights, `(S, K)` to `(S, N)`."""
+        """Multiply codes, and scale by the weights, `(S, K)` to `(S, N)`."""
         product = F.linear(codes.float(), self._codes.float()) * self._scales
         return product.to(self._bias.dtype)
 

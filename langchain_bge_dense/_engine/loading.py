@@ -119,7 +119,7 @@ def load_encoder(checkpoint: Checkpoint, device: str, dtype: str) -> Encoder:
 def _load_checked(
     checkpoint: Checkpoint, dtype: str, linear: LinearFactory, file: PackedFile | None
 ) -> tuple[TextTokenizer, torch.nn.Module]:
-    """Load with every check, by transformers and FlagEmbedding; write the file of later loads."""
+    """Load by transformers and FlagEmbedding with every check, and write the packed file."""
     flag = _load_flag_model(checkpoint)
     tokenizer, encoder = _tokenizer(flag.tokenizer, checkpoint), flag.model.model
     if not PackedEncoder.supports(encoder.config):
@@ -136,7 +136,7 @@ def _load_checked(
 
 
 def placement(flag: BGEM3FlagModel) -> tuple[str, str]:
-    """Device and dtype of a caller's own model.
+    """Find device and dtype of a caller's own model.
 
     Its first device, and its own dtype, but on a CPU float32, to which FlagEmbedding brings it at
     every `encode`.

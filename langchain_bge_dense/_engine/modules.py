@@ -133,7 +133,7 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def read_modules(folder: Path, pooling: str) -> Modules:
-    """Read what is done beside running the transformer. `pooling` overrides the files."""
+    """Read the steps around the transformer. `pooling` overrides the files."""
     modules = listed_modules(folder)
     _check_kinds(folder, modules)
     pooled = next((folder / path for kind, path in modules if kind == "Pooling"), None)
@@ -177,7 +177,7 @@ def _check_kinds(folder: Path, modules: list[Module]) -> None:
 
 
 def _refuse_part(folder: Path, modules: list[Module]) -> None:
-    """Reject a transformer alone of which it is known that more belongs to it."""
+    """Reject the folder of a transformer that is one module of a model."""
     whole = folder.parent
     if (folder / MODULES_FILE).exists() and len(modules) == 1:
         msg = (
@@ -250,7 +250,7 @@ def _dense(folder: Path) -> Dense:
 
 
 def _transformer_settings(folder: Path) -> dict[str, Any]:
-    """Read the settings of the transformer, all of which have to be honoured."""
+    """Read the settings of the transformer, and reject those that are not supported."""
     file = next((folder / n for n in _TRANSFORMER_FILES if (folder / n).exists()), None)
     if file is None:
         return {}

@@ -198,7 +198,7 @@ def _tokenizer_of(text: str) -> Any:
 
 
 def _require_space(folder: Path, checkpoint: Path) -> None:
-    """Check that a file is not what fills the disk."""
+    """Check that the disk has room for a file."""
     needed = sum(file.stat().st_size for file in weight_files(checkpoint))
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -207,7 +207,7 @@ def _require_space(folder: Path, checkpoint: Path) -> None:
 
 
 def _check(path: Path) -> None:
-    """Check that a file is this user's or root's alone, and as it was written."""
+    """Check that only this user or root can have written a file, and that it is whole."""
     status = path.lstat()
     others = stat.S_IWGRP | stat.S_IWOTH
     if hasattr(os, "getuid") and (

@@ -32,7 +32,7 @@ def forkable_lock() -> threading.Lock:
 
 
 class _Tokenizers:
-    """The tokenizers of this process, whose own threads stand neither a fork nor an exit."""
+    """The tokenizers of this process, whose own threads survive neither a fork nor an exit."""
 
     def __init__(self) -> None:
         self._used = self._set_for_fork = False
@@ -67,7 +67,7 @@ class _Tokenizers:
             os.environ[_PARALLELISM] = "false"
 
     def after_fork_in_parent(self) -> None:
-        """Take it back."""
+        """Restore the variable."""
         if self._set_for_fork:
             os.environ.pop(_PARALLELISM, None)
 

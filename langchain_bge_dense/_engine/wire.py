@@ -19,7 +19,7 @@ MEDIA_TYPE = "application/vnd.safetensors"
 
 
 def pack(encoding: M3Encoding) -> bytes:
-    """Bytes of an encoding of N texts, whose outputs lie end to end.
+    """Pack an encoding of N texts into bytes, output after output.
 
     Returns:
         A safetensors file of `token_counts` `(N,)`, `truncated` `(N,)`, and, as asked for, `dense`

@@ -90,7 +90,7 @@ def _adopt(
 
 
 def _options_of(location: str) -> dict[str, Any]:
-    """Options of `open_chroma` for a folder, or for the URL of a server."""
+    """Make the options of `open_chroma` for a folder, or for the URL of a server."""
     url = urlsplit(location)
     if url.scheme not in {"http", "https"}:
         return {"persist_directory": location}

@@ -180,7 +180,7 @@ class Adoption:
             )
 
     def _tell(self, lacking: str) -> None:
-        """Say that records without a text are not copied."""
+        """Warn of records without a text, or refuse to lose them."""
         if self._in_place:
             msg = (
                 f"{lacking}, and would be lost. Delete them, or keep the collection: pass it as "
@@ -192,7 +192,7 @@ class Adoption:
     def run(
         self, origin: Origin, open_: Callable[..., BGEM3Chroma], *, show_progress: bool
     ) -> None:
-        """Copy what a run before has not, and put the copy in its place.
+        """Copy what an earlier run has not copied, and replace the collection by the copy.
 
         Args:
             origin: What embedded the texts.
@@ -249,7 +249,7 @@ class Adoption:
 
 
 def _add(passages: Passages, batch: Sequence[Found], origin: Origin) -> None:
-    """Write those of some records that are not there yet."""
+    """Write those records of a batch that are missing."""
     records = [
         record(Document(found.text or "", metadata=dict(found.metadata or {}), id=found.id), n)
         for n, found in enumerate(batch)
@@ -273,7 +273,7 @@ def _add(passages: Passages, batch: Sequence[Found], origin: Origin) -> None:
 
 
 def _encoded(passages: Passages, records: Sequence[Record], vectors: Sequence[Any]) -> Encoded:
-    """Vectors at unit length, with the signals that are computed of texts."""
+    """Scale vectors to unit length, and compute the signals of the texts."""
     rows = np.array(vectors, np.float64)  # (N, D)
     unit = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     if not (passages.settings.lexical or passages.settings.colbert):
@@ -283,7 +283,7 @@ def _encoded(passages: Passages, records: Sequence[Record], vectors: Sequence[An
 
 
 def _check_shared(session: Session, client: ClientAPI | None) -> None:
-    """Check that the data is not in a memory that nobody else has."""
+    """Check that the data is in a folder, a client or a server, and not in new memory."""
     if client is None and not session.location:
         msg = "adopt has no location for the store. Pass persist_directory, client or host."
         raise ValueError(msg)

@@ -126,7 +126,7 @@ class GuardedCollection:
         among: Sequence[str] | None = None,
         **which: Any,
     ) -> dict[str, list[list[Any]]]:
-        """Call Chroma's `query`, and complete its answers to all that exists.
+        """Call Chroma's `query`, and complete answers that are shorter than what exists.
 
         `among` are the ids of all passages that pass the filters, if these are known: Chroma need
         not find them again.
@@ -181,7 +181,7 @@ class GuardedCollection:
     def _compared(
         self, ids: Sequence[str], vector: Any, names: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Compare records that the index cannot reach."""
+        """Compute the distances of records that the index does not reach."""
         rows = []
         columns = [name for name in names if name not in {"distances", "embeddings"}]
         for page in batch_iterate(_IDS, ids):

@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 def records_of(collection: GuardedCollection, *, vectors: bool) -> Iterator[Found]:
-    """Records of a collection in the order in which they were added, in constant memory."""
+    """Yield the records of a collection in the order of their adding, in constant memory."""
     columns = ["documents", "metadatas", *["embeddings"] * vectors]
     for offset in count(0, _PAGE):  # Chroma counts up to it: the fewer pages the better
         found = collection.get(limit=_PAGE, offset=offset, include=columns)
@@ -83,7 +83,7 @@ class Contents:
                 alike.add((size, found.id))
 
     def sample(self) -> Sample:
-        """Up to ten texts, from the shortest to the longest."""
+        """Select up to ten texts, from the shortest to the longest."""
         known = sorted({self._longest}.union(*self._by_size.values()))
         chosen = np.linspace(0, len(known) - 1, min(_SAMPLE, len(known))).round().astype(int)
         ids = [known[n][1] for n in chosen if known[n][0]]
@@ -103,13 +103,13 @@ class Sample(NamedTuple):
     vectors: NDArray[np.float64]  # (N, D)
 
     def only(self, rows: Iterable[int]) -> Sample:
-        """Some of them."""
+        """Select some of them."""
         chosen = list(rows)
         ids, texts = ([column[row] for row in chosen] for column in (self.ids, self.texts))
         return Sample(ids, texts, self.vectors[chosen])
 
     def cosines(self, embeddings: Embeddings) -> NDArray[np.float64]:
-        """Cosines of the texts, embedded again, to their stored vectors, `(N,)`."""
+        """Embed the texts again, and compute the cosines to their stored vectors, `(N,)`."""
         own = np.array(embeddings.embed_documents(self.texts), np.float64)  # (N, D)
         if own.shape[1] != self.vectors.shape[1]:
             return np.zeros(len(own))
@@ -193,7 +193,7 @@ class Origin:
         raise AnotherModelError(msg)
 
     def _length_of(self, sample: Sample) -> int | None:
-        """Tokens of which the vectors are, where that explains them."""
+        """Find the length at which cut texts would have these vectors, if there is one."""
         if not isinstance(self._model, BGEM3Embeddings):
             return None
         longest = self._model.session().documents.max_length

@@ -202,7 +202,7 @@ class Folder:
             yield
 
     def flush(self) -> None:
-        """Have the system write to the disk what Chroma has written to files."""
+        """Flush what Chroma has written to files to the disk."""
         for file in (*self.real.glob("*.sqlite3"), *self.real.glob("*/*.*")):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -246,7 +246,7 @@ class Folder:
             hnsw.trim(index)  # it may have been made just now
 
     def _recover(self) -> None:
-        """Restore indexes that were not persisted to their end."""
+        """Restore indexes whose persisting was cut short."""
         if not any(self.real.glob(f"*{_BACKUP}")):
             return
         try:
@@ -365,7 +365,7 @@ def require_database(folder: str | os.PathLike[str] | None) -> None:
 
 
 def _systems() -> dict[str, Any]:
-    """Chromas that run in this process, by their place."""
+    """Look up the Chromas that run in this process, by path."""
     return SharedSystemClient._identifier_to_system  # noqa: SLF001 - no public way
 
 

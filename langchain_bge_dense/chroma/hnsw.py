@@ -60,7 +60,7 @@ class Header(NamedTuple):
         return cls._make(_HEADER.unpack_from(content))
 
     def layout(self) -> np.dtype[Any]:
-        """Layout of an element of level 0."""
+        """Describe an element of level 0."""
         return np.dtype(
             {
                 "names": ["count", "deleted", "links", "label"],
@@ -151,7 +151,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _labels(file: Path) -> NDArray[np.uint64]:
-    """Labels of the vectors that are not deleted."""
+    """Read the labels of the vectors that are not deleted."""
     with file.open("rb") as stream:
         content = _PlainUnpickler(stream).load()
     return np.fromiter(content["label_to_id"], np.uint64)

@@ -265,7 +265,7 @@ class Run:
         return IndexResult(self._added, skipped, self._truncated, self._tokens)
 
     def finish(self) -> IndexResult:
-        """Count, once all is on the disk."""
+        """Flush to the disk, and return the counts."""
         folder = self._passages.session.folder
         if self._added and folder:
             folder.flush()
@@ -287,7 +287,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
         )
 
     def show(self, done: IndexResult) -> None:
-        """Say how far it is, and how many tokens a second were embedded."""
+        """Show the progress, and the tokens per second."""
         seconds = self.format_dict["elapsed"]
         if done.tokens and seconds:
             self.set_postfix_str(f"{done.tokens / seconds:,.0f} tokens/s", refresh=False)
@@ -295,7 +295,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
         self.refresh()
 
     def end(self, done: IndexResult) -> IndexResult:
-        """Say what it came to."""
+        """Show and log the result."""
         if done.tokens:
             self.set_postfix_str(f"{done.tokens:,} tokens, {done.truncated:,} documents truncated")
         logger.info("Indexed: %s", done)

@@ -64,7 +64,7 @@ class Passages:
         self._counted: tuple[int | None, int] = (None, 0)
 
     def _follow(self, found: Collection) -> None:
-        """Let settings, signals and index be those of the collection that was opened."""
+        """Take settings, signals and index from the collection that was opened."""
         settings = claim(found, self.embeddings, self._own, self.session.location)
         if settings.uid != self._uid:
             self.signals = Signals.of(self.session, settings.uid)
@@ -73,7 +73,7 @@ class Passages:
         self.settings, self._codec = settings, settings.codec()
 
     def refresh(self) -> CollectionSettings:
-        """Follow the collection to what it is now."""
+        """Read the settings of the collection as it is now."""
         self.session.read(self.collection.open)
         return self.settings
 
@@ -127,7 +127,7 @@ class Passages:
         return max(0, count - len(self.index)), count
 
     def stored(self, ids: Sequence[str]) -> Stored:
-        """Find texts and metadata of those passages that are stored."""
+        """Look up texts and metadata of the stored passages among these."""
         if not ids:
             return {}
         found = self.collection.get(list(ids), include=["documents", "metadatas"])
@@ -141,7 +141,7 @@ class Passages:
         return found
 
     def complete(self, records: Sequence[Record], stored: Stored, *, signals: bool) -> set[str]:
-        """Find the records that are stored as they are, not cut by less than there is room now.
+        """Find the records that are stored unchanged, and not cut shorter than needed now.
 
         With `signals`, they have all signals of the collection, too.
         """
@@ -177,7 +177,7 @@ class Passages:
         return Encoded(vectors)
 
     def write(self, records: Sequence[Record], encoded: Encoded, stored: Stored) -> None:
-        """Store passages of different ids in the place of those that are stored under these."""
+        """Store passages of different ids, and replace those that are stored under these."""
         _check_finite(records, encoded.vectors)
         keys = [r.key for r in records]
         former = {key_of(r.id, stored[r.id][0]) for r in records if r.id in stored}
@@ -275,7 +275,7 @@ class Passages:
         return scores
 
     def colbert_vectors(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """ColBERT vectors by key, `(T, D)`, of passages that keep one for each token."""
+        """Look up ColBERT vectors by key, `(T, D)`, of passages that have one for each token."""
         self.refresh()
         codec = self._codec
         if codec is None or codec.pooling > 1:
@@ -286,7 +286,7 @@ class Passages:
 def _encoded(
     model: BGEM3Embeddings, texts: Sequence[str], lexical: bool, codec: Codec | None, dense: bool
 ) -> Encoded:
-    """Encode texts in parts whose ColBERT vectors, which are large, are let go as codes."""
+    """Encode texts in parts, and reduce their large ColBERT vectors to codes part by part."""
     outputs = {"dense": dense, "lexical": lexical, "colbert": codec is not None}
     vectors, cut_at, tokens = [], [], 0
     weights: list[bytes] = []
@@ -313,7 +313,7 @@ def _check_finite(records: Sequence[Record], vectors: NDArray[np.float32]) -> No
 
 
 def _replacing(record: Record, stored: Stored) -> dict[str, Any] | None:
-    """Metadata with None for keys that go: Chroma would keep them."""
+    """Make metadata with None for former keys, which Chroma would keep."""
     _, former = stored.get(record.id, ("", {}))
     gone = dict.fromkeys(former.keys() - record.metadata.keys())
     return {**record.metadata, **gone} or None

@@ -21,7 +21,7 @@ _HASH = 16  # characters of a key behind the id
 
 
 def key_of(passage: str, text: str) -> str:
-    """Make the key of what was computed of a passage: its id, and sixty-four bits of its text.
+    """Make the key of the signals of a passage: its id, and sixty-four bits of its text.
 
     >>> key_of("a", "one")
     'a34f2ddaa8b7615c9'
@@ -31,7 +31,7 @@ def key_of(passage: str, text: str) -> str:
 
 
 def passage_of(key: str) -> str:
-    """Take the id out of a key."""
+    """Extract the id from a key."""
     return key[:-_HASH]
 
 
@@ -53,7 +53,7 @@ class Record(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Name what is computed of it."""
+        """Key of its signals."""
         return key_of(self.id, self.text)
 
     def equals(self, text: str | None, metadata: Mapping[str, Any] | None) -> bool:

@@ -94,7 +94,7 @@ class Candidates:
 
     @property
     def keys(self) -> list[str]:
-        """Keys of what was computed of them."""
+        """Keys of their signals."""
         return list(map(key_of, self.ids, self.texts))
 
     def add(self, passages: Passages, ids: Sequence[str], vector: NDArray[np.float32]) -> None:
@@ -118,7 +118,7 @@ class Candidates:
         self.fused = self.fused + np.float32(weight) * scaled(self.scores[signal], fusion)
 
     def best(self, count: int) -> Candidates:
-        """Choose those with the highest fused scores, the best first."""
+        """Select those with the highest fused scores, the best first."""
         order = np.argsort(-self.fused, kind="stable")[:count]  # (count,)
         numbers = order.tolist()
         return replace(

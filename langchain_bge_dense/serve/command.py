@@ -98,7 +98,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _log_config() -> dict[str, Any]:
-    """Uvicorn's own, in which it does not say that it runs, and this package what it does."""
+    """Make Uvicorn's configuration, with its own notice of the start off and our log on."""
     config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     config["loggers"]["uvicorn"]["level"] = "WARNING"
     config["loggers"]["uvicorn.error"]["level"] = "WARNING"

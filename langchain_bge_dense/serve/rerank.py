@@ -63,7 +63,7 @@ class RerankRequest(BaseModel):
 @router.post("/v2/rerank")
 @router.post("/rerank")
 async def rerank(http: Request, asked: RerankRequest) -> Any:
-    """Candidates by the mean of their dense, lexical and ColBERT scores, the best first."""
+    """Rank candidates by the mean of their dense, lexical and ColBERT scores, the best first."""
     service, texts = service_of(http), asked.candidates
     await service.check(asked.model)
     scores, tokens = await _scores(http, asked, texts)
@@ -94,7 +94,7 @@ async def rerank(http: Request, asked: RerankRequest) -> Any:
 async def _scores(
     http: Request, asked: RerankRequest, texts: list[str]
 ) -> tuple[NDArray[np.float32], int]:
-    """Scores of N candidates, `(N,)`, and the tokens of query and candidates."""
+    """Score N candidates, `(N,)`, and count the tokens of query and candidates."""
     service, cut = service_of(http), on_truncate(asked.truncate)
     question = EncodeRequest(texts=[asked.query], query=True, on_truncate=cut, **_OUTPUTS)
     [query] = await service.encode(http, question, lambda encoding: encoding)

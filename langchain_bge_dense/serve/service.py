@@ -114,11 +114,11 @@ class Service:
         return self.embeddings.session().documents.max_length
 
     def at_most(self, tokens: int | None) -> int | None:
-        """Tokens that a caller lets a text have, as far as the server does."""
+        """Limit the tokens of a text by the request's number and by the server's."""
         return None if tokens is None else min(tokens, self.max_length)
 
     async def check(self, model: str | None, dimensions: int | None = None) -> None:
-        """Check that a client asks for this model, and for vectors as wide as it gives."""
+        """Check that a client requests this model and its number of dimensions."""
         with self._turn():
             await self._load()
         if model and _plain(model) not in map(_plain, self.names):

@@ -103,7 +103,7 @@ def _sparse(encoding: M3Encoding) -> list[str]:
 
 @router.post("/similarity")
 async def similarity(http: Request, asked: SimilarityRequest) -> list[float]:
-    """Cosines of a text to others."""
+    """Compute the cosines of a text to others."""
     texts = [asked.inputs.source_sentence, *asked.inputs.sentences]
     wanted = (asked.parameters or Parameters()).request(texts, normalize=True)
     parts = await service_of(http).encode(http, wanted, lambda part: part.dense)
@@ -113,7 +113,7 @@ async def similarity(http: Request, asked: SimilarityRequest) -> list[float]:
 
 
 def info(service: Service) -> dict[str, Any]:
-    """Say what its clients read of `/info`."""
+    """Answer with the fields of `/info` that its clients read."""
     return {
         "model_id": service.names[0],
         "model_type": {"embedding": {"pooling": service.info()["pooling"]}},

@@ -39,7 +39,7 @@ class BGEM3MilvusSparse(BaseSparseEmbedding):
         ]
 
     def embed_query(self, query: str) -> dict[int, float]:
-        """Lexical weights of a query.
+        """Compute the lexical weights of a query.
 
         Raises:
             ValueError: The checkpoint is dense only.

@@ -58,7 +58,7 @@ class Pairs:
         )
 
     def _take(self, key: Key, side: str) -> M3Encoding | None:
-        """Take what a call of the other side left."""
+        """Take the encoding that the other side left."""
         kept_for, encoding = self._kept.pop(key, (side, None))
         return None if kept_for == side else encoding
 

@@ -33,7 +33,7 @@ class BGEM3QdrantSparse(SparseEmbeddings):
         return [_vector(weights) for weights in lexical(self._embeddings, texts, query=False)]
 
     def embed_query(self, text: str) -> SparseVector:
-        """Lexical weights of a query.
+        """Compute the lexical weights of a query.
 
         Raises:
             ValueError: The checkpoint is dense only.
