@@ -1,0 +1,142 @@
+"""What the graph of a collection finds of the nearest passages, and what a wider one costs.
+
+    python benchmarks/recall.py
+    python benchmarks/recall.py --sizes 10000
+
+Chroma's own graph, that graph with a longer search, and the one of `open_chroma`, each in a process
+of its own, against brute force. Vectors of 1,024 numbers vary in 64 directions, as those of a model
+do in few; with repeats, three of ten passages are one of three texts, as page headers are. A query
+is a passage with a little noise. Of equal distances, any counts as found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import chromadb
+import numpy as np
+from chromadb.config import Settings
+from common import finish, machine, peak_memory, show
+
+from langchain_bge_dense.chroma.settings import cosine_configuration
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+WIDTH, DIRECTIONS, BATCH = 1_024, 64, 1_000
+QUERIES, NEAREST = 200, 50
+REPEATED, TEXTS = 0.3, 3
+NOISE = 0.1  # of a query, beside the length of a passage
+ROUNDING = 1e-5  # of a distance in float32
+GRAPHS = {
+    "Chroma's own": {"space": "cosine"},
+    "and ef_search 400": {"space": "cosine", "ef_search": 400},
+    "open_chroma's": cosine_configuration(None)["hnsw"],
+}
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def passages(count: int, *, repeats: bool) -> NDArray[np.float32]:
+    """Unit vectors `(count, WIDTH)`, in random order."""
+    chooser = np.random.default_rng(0)
+    directions = chooser.standard_normal((DIRECTIONS, WIDTH), np.float32)
+    vectors = unit(chooser.standard_normal((count, DIRECTIONS), np.float32) @ directions)
+    if repeats:
+        chosen = chooser.permutation(count)[: int(REPEATED * count)]
+        vectors[chosen] = vectors[chosen[np.arange(len(chosen)) % TEXTS]]
+    return vectors
+
+
+def queries(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Unit vectors `(QUERIES, WIDTH)` near passages."""
+    chooser = np.random.default_rng(1)
+    near = vectors[chooser.choice(len(vectors), QUERIES, replace=False)]
+    noise = unit(chooser.standard_normal(near.shape, np.float32))
+    return unit(near + np.float32(NOISE) * noise)
+
+
+def measure(graph: str, count: int, *, repeats: bool, folder: str) -> dict[str, float]:
+    """Fill a collection, and ask it."""
+    vectors = passages(count, repeats=repeats)
+    asked = queries(vectors)
+    client = chromadb.PersistentClient(folder, Settings(anonymized_telemetry=False))
+    collection = client.create_collection(
+        "recall", configuration={"hnsw": GRAPHS[graph]}, embedding_function=None
+    )
+    start = time.perf_counter()
+    for first in range(0, count, BATCH):
+        part = vectors[first : first + BATCH]
+        collection.add([str(first + n) for n in range(len(part))], embeddings=part)
+    filled = time.perf_counter() - start
+    collection.query(asked[:1], n_results=NEAREST, include=[])
+    start = time.perf_counter()
+    found = [collection.query(each[None], n_results=NEAREST, include=[])["ids"] for each in asked]
+    seconds = (time.perf_counter() - start) / QUERIES
+    hits = 0
+    for query, [ids] in zip(asked, found, strict=True):
+        similarities = vectors @ query  # (count,)
+        least = np.partition(similarities, -NEAREST)[-NEAREST]
+        hits += int((similarities[list(map(int, ids))] >= least - ROUNDING).sum())
+    size = sum(file.stat().st_size for file in Path(folder).glob("*/*"))
+    return {
+        "recall": hits / (NEAREST * QUERIES),
+        "filling": filled / count,
+        "query": seconds,
+        "memory": peak_memory(),
+        "bytes": size / count,
+    }
+
+
+def in_a_process(graph: str, count: int, *, repeats: bool) -> dict[str, float]:
+    """Measure in a process of its own, as one holds on to memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        child = json.dumps({"graph": graph, "count": count, "repeats": repeats, "folder": folder})
+        command = [sys.executable, __file__, "--child", child]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(**arguments.child)))
+        return
+    print(machine() + "\n")
+    results = []
+    for count in arguments.sizes:
+        for repeats in (False, True):
+            for graph in GRAPHS:
+                row = in_a_process(graph, count, repeats=repeats)
+                results.append({"graph": graph, "passages": count, "repeats": repeats, **row})
+    table = [
+        [
+            f"{row['passages']:,}{', repeats' if row['repeats'] else ''}",
+            row["graph"],
+            f"{row['recall']:.4f}",
+            f"{row['filling'] * 1e3:.2f} ms",
+            f"{row['query'] * 1e3:.1f} ms",
+            f"{row['memory']:.2f} GiB",
+            f"{row['bytes']:,.0f} B",
+        ]
+        for row in results
+    ]
+    header = ["passages", "graph", f"recall at {NEAREST}", "filling, each", "a query"]
+    show([*header, "peak memory", "index, each"], table)
+    finish("recall", results)
+
+
+if __name__ == "__main__":
+    main()
