@@ -430,7 +430,7 @@ class TestBadInput:
         foreign = open_chroma(DeterministicFakeEmbedding(size=8), "foreign")
         with pytest.raises(ValidationError, match="DeterministicFakeEmbedding"):
             BGEM3Retriever(scores=True, vectorstore=foreign)
-        with pytest.raises(TypeError, match="gives dense vectors alone"):
+        with pytest.raises(TypeError, match="computes dense vectors alone"):
             index_documents(foreign, [Document("a")], lexical=True)
 
     def test_no_store(self) -> None:

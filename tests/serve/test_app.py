@@ -230,7 +230,7 @@ async def test_a_failure_of_its_own_is_json(
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
         reply = await http.get("/info")
     assert reply.status_code == 500
-    assert reply.json()["error"]["message"].startswith("The server failed: ZeroDivisionError.")
+    assert reply.json()["error"]["message"].startswith("The server failed with ZeroDivisionError.")
 
 
 def test_info_says_what_is_served(http: httpx.Client, tiny: BGEM3Embeddings) -> None:

@@ -107,6 +107,6 @@ def test_a_key_is_sent_as_a_header(tiny: BGEM3Embeddings) -> None:
             if headers:
                 assert client.embed("bge-m3", "free").embeddings
             else:
-                with pytest.raises(ollama.ResponseError, match="The API key is missing"):
+                with pytest.raises(ollama.ResponseError, match="Missing or invalid API key"):
                     client.embed("bge-m3", "free")
             client._client.close()
