@@ -287,7 +287,7 @@ class TestWhatTheCollectionKeeps:
         self, tmp_path: Path
     ) -> None:
         for options in ({"colbert": True}, {"lexical": True}):
-            with pytest.raises(TypeError, match="HashedEmbeddings gives dense vectors alone"):
+            with pytest.raises(TypeError, match="HashedEmbeddings computes dense vectors alone"):
                 open_chroma(HashedEmbeddings(), "notes", persist_directory=tmp_path, **options)
         store = open_chroma(HashedEmbeddings(), "notes", persist_directory=tmp_path)
         assert (store.colbert, store.lexical) == (None, False)
