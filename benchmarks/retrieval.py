@@ -228,24 +228,22 @@ def weights(arguments: argparse.Namespace) -> None:
 def show_weights(results: dict[str, dict[Setting, dict[str, float]]]) -> None:
     """The best of each fusion and depth, the best of each set, and those with a name."""
 
+    rows_of = list(results.values())
+
     def ndcg(setting: Setting) -> float:
-        return statistics.mean(rows[setting]["nDCG@10"] for rows in results.values())
+        return statistics.mean(rows[setting]["nDCG@10"] for rows in rows_of)
 
     settings = sorted(grid(), key=ndcg, reverse=True)
     shown = [next(s for s in settings if s[:2] == kind) for kind in product(FUSIONS, DEPTHS)]
     two = [setting for setting in settings if not setting.weights[2]]
     shown += [next(s for s in two if s.fusion == fusion) for fusion in FUSIONS]
-    shown += [max(settings, key=lambda s: rows[s]["nDCG@10"]) for rows in results.values()]
+    shown += [max(settings, key=lambda s: rows[s]["nDCG@10"]) for rows in rows_of]
     shown += [Setting("standard", DEPTH, named) for named in (*NAMED, *SINGLE)]
     table = [
-        [
-            str(setting),
-            *(f"{rows[setting][m]:.4f}" for rows in results.values() for m in ("nDCG@10", "R@1")),
-        ]
+        [str(setting), f"{ndcg(setting):.4f}", *(f"{r[setting]['nDCG@10']:.4f}" for r in rows_of)]
         for setting in dict.fromkeys(shown)
     ]
-    header = ["dense / lexical / ColBERT"]
-    show([*header, *(f"{name}: {m}" for name in results for m in ("nDCG@10", "R@1"))], table)
+    show(["nDCG@10: dense / lexical / ColBERT", "mean", *results], table)
 
 
 def codes_bytes(_: argparse.Namespace) -> None:
