@@ -97,6 +97,13 @@ def test_a_sentence_has_the_ids_that_bge_m3_published(small_checkpoint: Path) ->
     assert set("".join(plain.tokens(weights))) == set(CHINESE) - set("猢狲")
 
 
+def test_letters_of_full_width_are_those_of_half_width(prompted: BGEM3Embeddings) -> None:
+    half = "ZB-2204"
+    full = "".join(chr(ord(letter) + 0xFEE0) for letter in half)
+    one, other = prompted.encode([half, full], lexical=True).lexical
+    assert one.keys() == other.keys()
+
+
 def test_colbert_vectors_of_different_texts_point_different_ways(
     prompted: BGEM3Embeddings, small_checkpoint: Path
 ) -> None:
