@@ -327,11 +327,8 @@ def lower_case(tmp_path: Path) -> None:
     assert load(folder).embed_query("FREE") == load(folder).embed_query("free")
     assert load(folder).count_tokens("FREE") == load(folder).count_tokens("free")
     assert load(folder).fingerprint != before
-    from FlagEmbedding import BGEM3FlagModel
-
-    flag = BGEM3FlagModel(str(folder), use_fp16=False, devices="cpu", pooling_method="mean")
     with pytest.raises(ValueError, match="BGEM3FlagModel ignores"):
-        BGEM3Embeddings.from_flag_model(flag)
+        BGEM3Embeddings.from_flag_model(flag_model(folder, pooling_method="mean"))
 
 
 @row("`max_seq_length`")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +14,8 @@ import pytest
 from langchain_chroma import Chroma
 from model_server import served
 from scipy.sparse import csr_array
+
+from langchain_bge_dense._engine.flag import flag_model_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,8 +42,24 @@ def url(tiny: BGEM3Embeddings) -> Iterator[str]:
 
 
 @pytest.fixture
+def _flagembedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class alone, where this transformers breaks the rest of FlagEmbedding."""
+    try:
+        import FlagEmbedding  # noqa: F401
+    except ImportError:
+        package = SimpleNamespace(
+            BGEM3FlagModel=flag_model_class(), __spec__=ModuleSpec("FlagEmbedding", None)
+        )
+        monkeypatch.setitem(sys.modules, "FlagEmbedding", package)
+
+
+@pytest.fixture
 def run(
-    tiny_checkpoint: Path, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_checkpoint: Path,
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    _flagembedding: None,
 ) -> Iterator[Any]:
     """Runs a snippet of the page with the tiny model in the place of BGE-M3."""
     monkeypatch.chdir(tmp_path)

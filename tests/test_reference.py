@@ -166,11 +166,7 @@ def test_a_callers_own_model_gives_the_same_and_stays_usable(
 def test_outputs_of_real_weights_equal_the_reference(
     prompted: BGEM3Embeddings, small_checkpoint: Path
 ) -> None:
-    from FlagEmbedding import BGEM3FlagModel
-
-    flag = BGEM3FlagModel(
-        str(small_checkpoint), use_fp16=False, devices="cpu", pooling_method="mean"
-    )
+    flag = flag_model(small_checkpoint, pooling_method="mean")
     outputs = [
         flag.encode([f"passage: {text}"], return_sparse=True, return_colbert_vecs=True)
         for text in PROSE

@@ -111,7 +111,7 @@ def test_another_layout_is_imported_whole(tmp_path: Path) -> None:
 def test_a_new_name_in_the_embedder_is_imported_whole(new_name: str, tmp_path: Path) -> None:
     package = shutil.copytree(FLAG, tmp_path / "FlagEmbedding")
     (package / "__init__.py").write_text("class BGEM3FlagModel: pass\n")
-    with (package / "utils" / "tokenizer_compat.py").open("a") as module:
+    with (package / "inference/embedder/encoder_only/m3.py").open("a") as module:
         module.write(new_name)
     assert "FlagEmbedding.BGEM3FlagModel" in run(CLASS + "print(found())", folder=tmp_path)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import re
 import sys
-import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +47,9 @@ MODULES = {
 """Where the names in the page's code come from; others are modules."""
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # of LiteLLM
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quiet() -> Iterator[None]:
     """These libraries send nothing and fetch nothing, and leave connections to the collector."""
@@ -59,9 +61,7 @@ def _quiet() -> Iterator[None]:
 
     litellm.in_memory_llm_clients_cache.flush_cache()
     litellm.module_level_client.close()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
+    gc.collect()
 
 
 def made(code: str, url: str) -> Any:
@@ -172,7 +172,9 @@ SCORES: dict[str, Callable[[Any], dict[int, float]]] = {
     "Haystack, TEI": haystack_scores,
 }
 
-EMBEDDING, RERANKING = (dict(ROW.findall(part)) for part in PAGE.split("\nCandidates of a search"))
+EMBEDDING, RERANKING = (
+    dict(ROW.findall(part)) for part in PAGE.split("\nTo rerank the candidates")
+)
 
 
 def test_every_client_of_the_page_is_tried() -> None:
