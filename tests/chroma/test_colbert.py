@@ -255,7 +255,7 @@ class TestWhatTheCollectionKeeps:
         for options in ({"colbert": True}, {"colbert": "2bit", "colbert_pooling": 2}):
             with pytest.raises(ValueError, match=r"'notes' has .*'2bit' ColBERT codes"):
                 open_chroma(tiny, "notes", **options, **place)
-        with pytest.raises(ValueError, match="colbert=False was asked"):
+        with pytest.raises(ValueError, match="colbert=False was requested"):
             open_chroma(tiny, "notes", colbert=False, **place)
         assert open_chroma(tiny, "notes", colbert="2bit", **place).colbert == "2bit"
 
