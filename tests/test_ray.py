@@ -111,7 +111,9 @@ def test_codes_are_of_the_kind_that_is_asked_for(tiny, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "pooling"), [("4bit", 1), (True, 1), ("1bit", 0)])
 def test_codes_that_there_are_not_are_refused(kind, pooling):
-    with pytest.raises(ValueError, match=rf"colbert={kind!r} and colbert_pooling={pooling}\. Use"):
+    with pytest.raises(
+        ValueError, match=rf"colbert={kind!r} with colbert_pooling={pooling} is not supported\. Use"
+    ):
         embed_dataset(None, None, colbert=kind, colbert_pooling=pooling)
 
 
@@ -158,7 +160,7 @@ def test_a_model_that_cannot_be_loaded_is_no_rows_fault(tmp_path, tiny_checkpoin
 @pytest.mark.parametrize(
     ("columns", "there", "message"),
     [
-        (COLUMNS, ["body"], r"no column 'text', but body\. Name the one"),
+        (COLUMNS, ["body"], r"no column 'text'; it has body\. Name the one"),
         (COLUMNS, ["text", "vector"], "vector_column='vector' is the name of another column"),
         (COLUMNS, ["text", "error"], "error_column='error' is the name of another"),
         (_Columns("a", "a", None, "e"), ["a"], "vector_column='a' is"),
