@@ -82,19 +82,26 @@ def measure(graph: str, count: int, *, repeats: bool, folder: str) -> dict[str, 
     start = time.perf_counter()
     found = [collection.query(each[None], n_results=NEAREST, include=[])["ids"] for each in asked]
     seconds = (time.perf_counter() - start) / QUERIES
-    hits = 0
-    for query, [ids] in zip(asked, found, strict=True):
-        similarities = vectors @ query  # (count,)
-        least = np.partition(similarities, -NEAREST)[-NEAREST]
-        hits += int((similarities[list(map(int, ids))] >= least - ROUNDING).sum())
     size = sum(file.stat().st_size for file in Path(folder).glob("*/*"))
     return {
-        "recall": hits / (NEAREST * QUERIES),
+        "recall": recall(vectors, asked, [list(map(int, ids)) for [ids] in found]),
         "filling": filled / count,
         "query": seconds,
         "memory": peak_memory(),
         "bytes": size / count,
     }
+
+
+def recall(
+    vectors: NDArray[np.float32], asked: NDArray[np.float32], found: list[list[int]]
+) -> float:
+    """Share of the found passages that are as near as the nearest by brute force."""
+    hits = 0
+    for query, rows in zip(asked, found, strict=True):
+        similarities = vectors @ query  # (count,)
+        least = np.partition(similarities, -NEAREST)[-NEAREST]
+        hits += int((similarities[rows] >= least - ROUNDING).sum())
+    return hits / (NEAREST * QUERIES)
 
 
 def in_a_process(graph: str, count: int, *, repeats: bool) -> dict[str, float]:

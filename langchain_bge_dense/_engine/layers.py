@@ -272,8 +272,9 @@ def _by_products(qkv: Tensor) -> Tensor:
 
     A score that is rounded to bfloat16 is off by up to 0.4 %, too much where it is large. So a
     first product finds about the largest score of each query, and a second one takes it off before
-    rounding, which softmax does not notice: scores that count are then close to 0. The largest
-    scores are those of the longest keys, so that the first product needs an eighth of them.
+    rounding, which softmax does not notice: scores that count are then close to 0. The first
+    product takes the eighth of the keys with the largest norm, which have the largest scores or
+    nearly so. A score that it misses costs digits, and no more.
     """
     heads = max(2, _PRODUCT_SCORES // (_PRODUCT_QUERIES * qkv.shape[2]))
     if heads < qkv.shape[1]:
@@ -283,19 +284,21 @@ def _by_products(qkv: Tensor) -> Tensor:
     exact = 2.0 ** math.floor(math.log2(scale))  # does not round the queries
     query, rest = query * exact, scale / exact
     mean = key.mean(1, keepdim=True)  # (H, 1, D / H)
-    longest, key, mean = (part.transpose(1, 2) for part in (_longest(key - mean), key, mean))
+    largest, key, mean = (
+        part.transpose(1, 2) for part in (_of_largest_norm(key - mean), key, mean)
+    )
     mixed = []
     for some in torch.split(query, _PRODUCT_QUERIES, 1):  # (H, Q, D / H)
-        # Of numbers around 0 the largest is not negative: its bits are the largest integer, too,
+        # Of numbers around 0 the largest is hardly negative: its bits are the largest integer, too,
         # and that is found eight times as fast.
-        largest = torch.bmm(some, longest).view(torch.int16).amax(-1, keepdim=True)  # (H, Q, 1)
-        shift = largest.view(torch.bfloat16) + torch.bmm(some, mean)
+        peak = torch.bmm(some, largest).view(torch.int16).amax(-1, keepdim=True)  # (H, Q, 1)
+        shift = peak.view(torch.bfloat16) + torch.bmm(some, mean)
         scores = torch.baddbmm(-rest * shift, some, key, alpha=rest)  # (H, Q, T)
         mixed.append(torch.bmm(scores.softmax(-1), value))
     return torch.cat(mixed, 1)
 
 
-def _longest(keys: Tensor) -> Tensor:
+def _of_largest_norm(keys: Tensor) -> Tensor:
     """Select the eighth of the keys that have the largest norm, `(H, T, D / H)`, or 256."""
     norms = keys.float().square().sum(-1)  # (H, T)
     most = norms.topk(max(_PRODUCT_TOKENS, keys.shape[1] // 8), sorted=False).indices
