@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,9 +48,6 @@ MODULES = {
 """Where the names in the page's code come from; others are modules."""
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # of LiteLLM
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _quiet() -> Iterator[None]:
     """These libraries send nothing and fetch nothing, and leave connections to the collector."""
@@ -59,9 +57,11 @@ def _quiet() -> Iterator[None]:
         yield
     import litellm
 
-    litellm.in_memory_llm_clients_cache.flush_cache()
-    litellm.module_level_client.close()
-    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        litellm.in_memory_llm_clients_cache.flush_cache()
+        litellm.module_level_client.close()
+        gc.collect()
 
 
 def made(code: str, url: str) -> Any:
