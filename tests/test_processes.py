@@ -168,6 +168,25 @@ def fork_while_another_thread_embeds(embeddings: BGEM3Embeddings) -> None:
 
 
 @scenario
+def fork_while_another_thread_tokenises(embeddings: BGEM3Embeddings) -> None:
+    from langchain_bge_dense._engine.process import tokenizers
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def tokenise() -> None:
+        with tokenizers.use():
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=tokenise)
+    thread.start()
+    entered.wait()
+    in_child(lambda: tokenizers.at_exit() is None)  # does not wait for a thread of the parent
+    leave.set()
+    thread.join()
+
+
+@scenario
 def fork_while_locks_are_held(embeddings: BGEM3Embeddings) -> None:
     from langchain_bge_dense._engine.engine import _loading_lock
 
