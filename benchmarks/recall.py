@@ -1,12 +1,13 @@
 """What the graph of a collection finds of the nearest passages, and what a wider one costs.
 
     python benchmarks/recall.py
-    python benchmarks/recall.py --sizes 10000
+    python benchmarks/recall.py --sizes 100000 --graphs "Chroma's own" "a store"
 
-Chroma's own graph, that graph with a longer search, and the one of `open_chroma`, each in a process
-of its own, against brute force. Vectors of 1,024 numbers vary in 64 directions, as those of a model
-do in few; with repeats, three of ten passages are one of three texts, as page headers are. A query
-is a passage with a little noise. Of equal distances, any counts as found.
+Chroma's own graph, that graph with a longer search, the graph of `open_chroma` in a plain Chroma,
+and a store of `open_chroma`, each in a process of its own, against brute force. Vectors of 1,024
+numbers vary in 64 directions, as those of a model do in few; with repeats, three of ten passages
+are one of three texts, as page headers are. A query is a passage with a little noise. Of equal
+distances, any counts as found.
 """
 
 from __future__ import annotations
@@ -18,27 +19,32 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import chromadb
 import numpy as np
 from chromadb.config import Settings
 from common import finish, machine, peak_memory, show
+from langchain_core.embeddings import DeterministicFakeEmbedding
 
+from langchain_bge_dense.chroma import open_chroma
 from langchain_bge_dense.chroma.settings import cosine_configuration
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+ANSWER = ["documents", "metadatas", "distances"]  # what LangChain asks for
 WIDTH, DIRECTIONS, BATCH = 1_024, 64, 1_000
 QUERIES, NEAREST = 200, 50
 REPEATED, TEXTS = 0.3, 3
 NOISE = 0.1  # of a query, beside the length of a passage
 ROUNDING = 1e-5  # of a distance in float32
+STORE = "a store"
 GRAPHS = {
     "Chroma's own": {"space": "cosine"},
     "and ef_search 400": {"space": "cosine", "ef_search": 400},
     "open_chroma's": cosine_configuration(None)["hnsw"],
+    STORE: None,
 }
 
 
@@ -69,18 +75,16 @@ def measure(graph: str, count: int, *, repeats: bool, folder: str) -> dict[str, 
     """Fill a collection, and ask it."""
     vectors = passages(count, repeats=repeats)
     asked = queries(vectors)
-    client = chromadb.PersistentClient(folder, Settings(anonymized_telemetry=False))
-    collection = client.create_collection(
-        "recall", configuration={"hnsw": GRAPHS[graph]}, embedding_function=None
-    )
+    collection = opened(graph, folder)
     start = time.perf_counter()
     for first in range(0, count, BATCH):
+        ids = list(map(str, range(first, min(first + BATCH, count))))
         part = vectors[first : first + BATCH]
-        collection.add([str(first + n) for n in range(len(part))], embeddings=part)
+        collection.upsert(ids=ids, embeddings=part, documents=ids, metadatas=[None] * len(ids))
     filled = time.perf_counter() - start
-    collection.query(asked[:1], n_results=NEAREST, include=[])
+    collection.query(asked[:1], n_results=NEAREST, include=ANSWER)
     start = time.perf_counter()
-    found = [collection.query(each[None], n_results=NEAREST, include=[])["ids"] for each in asked]
+    found = [collection.query(q[None], n_results=NEAREST, include=ANSWER)["ids"] for q in asked]
     seconds = (time.perf_counter() - start) / QUERIES
     size = sum(file.stat().st_size for file in Path(folder).glob("*/*"))
     return {
@@ -90,6 +94,16 @@ def measure(graph: str, count: int, *, repeats: bool, folder: str) -> dict[str, 
         "memory": peak_memory(),
         "bytes": size / count,
     }
+
+
+def opened(graph: str, folder: str) -> Any:
+    """Make a collection of Chroma, or that of a store, whose calls have the same names."""
+    if graph == STORE:
+        store = open_chroma(DeterministicFakeEmbedding(size=WIDTH), persist_directory=folder)
+        return store.passages.collection
+    client = chromadb.PersistentClient(folder, Settings(anonymized_telemetry=False))
+    configuration: Any = {"hnsw": GRAPHS[graph]}
+    return client.create_collection("recall", configuration=configuration, embedding_function=None)
 
 
 def recall(
@@ -116,6 +130,7 @@ def in_a_process(graph: str, count: int, *, repeats: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--graphs", choices=GRAPHS, nargs="+", default=list(GRAPHS))
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -125,7 +140,7 @@ def main() -> None:
     results = []
     for count in arguments.sizes:
         for repeats in (False, True):
-            for graph in GRAPHS:
+            for graph in arguments.graphs:
                 row = in_a_process(graph, count, repeats=repeats)
                 results.append({"graph": graph, "passages": count, "repeats": repeats, **row})
     table = [

@@ -7,8 +7,9 @@ server does not answer; ids and bodies in parts that Chroma takes; errors that s
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from chromadb.errors import InternalError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from chromadb.api.models.Collection import Collection
+    from numpy.typing import ArrayLike, NDArray
 
     from langchain_bge_dense.chroma.session import Session
 
@@ -31,6 +33,19 @@ T = TypeVar("T")
 _IDS = 10_000  # of one request: SQLite takes 32,766 values, those of a filter among them
 _NUMBER = 24  # bytes of a number in a request to a server
 _ANSWER = ("metadatas", "documents", "distances")
+_LOW_BITS = np.uint32(0b1111)  # of the 23 of a mantissa: 6e-7 of a vector's length
+_ROUNDING = 1e-6  # of a distance
+_WIDE, _WIDER = 400, 8  # a new collection has 400 in view: asking for fewer takes as long
+_DIFFERENT = 200  # distances of an answer that show that the graph saw more than equal ones
+
+
+class _Query(NamedTuple):
+    """A vector, `(D,)`, the columns of its answer, and what an answer has to pass."""
+
+    vector: Any
+    names: Sequence[str]
+    filters: Mapping[str, Any]
+    among: Sequence[str] | None
 
 
 class GuardedCollection:
@@ -126,7 +141,10 @@ class GuardedCollection:
         among: Sequence[str] | None = None,
         **which: Any,
     ) -> dict[str, list[list[Any]]]:
-        """Call Chroma's `query`, and complete answers that are shorter than what exists.
+        """Call Chroma's `query`, and complete answers that lack passages.
+
+        A graph in which many vectors are equal gives short answers, or little but those vectors:
+        then more is asked for, and what is not reached is compared one by one.
 
         `among` are the ids of all passages that pass the filters, if these are known: Chroma need
         not find them again.
@@ -136,59 +154,69 @@ class GuardedCollection:
             filters["where"] = exact(filters["where"])
         names = list(dict.fromkeys((*_ANSWER, *include)))
         answers = [
-            self._nearest(each, n_results, names, filters, among) for each in query_embeddings
+            self._nearest(_Query(each, names, filters, among), n_results)
+            for each in query_embeddings
         ]
         return {
             name: [[row[name] for row in rows] for rows in answers] for name in ("ids", *include)
         }
 
-    def _nearest(
-        self,
-        vector: Any,
-        count: int,
-        names: Sequence[str],
-        filters: Mapping[str, Any],
-        among: Sequence[str] | None,
-    ) -> list[dict[str, Any]]:
+    def _nearest(self, query: _Query, count: int) -> list[dict[str, Any]]:
+        asked = count + 1  # to see what comes next
+        rows = self._reached(query, asked)
+        reached = [row["ids"] for row in rows]
+        if len(rows) == asked and _is_crowded(rows) and self.configuration_json.get("hnsw"):
+            reached, asked = self._wider(query, asked)
+            rows = self._compared(query, reached[:count])
+        if len(reached) < asked:
+            rows += self._compared(query, self._unreached(query, set(reached)))
+        return sorted(rows, key=lambda row: float(row["distances"]))[:count]
+
+    def _wider(self, query: _Query, asked: int) -> tuple[list[str], int]:
+        """Ask for more until enough are different, and return their ids, and how many were asked.
+
+        All that Chroma keeps in view may be equal: it sees as much further as it is asked for more.
+        """
+        query = query._replace(names=["distances"])
+        while True:
+            asked = max(_WIDE, _WIDER * asked)
+            rows = self._reached(query, asked)
+            if len(rows) < asked or not _is_crowded(rows):
+                return [row["ids"] for row in rows], asked
+
+    def _reached(self, query: _Query, count: int) -> list[dict[str, Any]]:
+        """Ask Chroma's graph for the nearest."""
+        vector, names, filters, among = query
         options: Any = {"query_embeddings": [vector], "include": names, "n_results": count}
 
-        def query(collection: Collection) -> Any:
+        def call(collection: Collection) -> Any:
             if among:
                 with contextlib.suppress(InternalError):  # one of them was deleted meanwhile
                     return collection.query(ids=list(among), **options)
             return collection.query(**options, **filters)
 
-        found = self._read(query)
-        rows = _rows({name: found[name][0] for name in ("ids", *names)})
-        if len(rows) < count:
-            known = {row["ids"] for row in rows}
-            passing = self._passing(len(rows), filters) if among is None else among
-            unreached = [each for each in passing if each not in known]
-            rows += self._compared(unreached, vector, names)
-            rows = sorted(rows, key=lambda row: float(row["distances"]))[:count]
-        return rows
+        found = self._read(call)
+        return _rows({name: found[name][0] for name in ("ids", *names)})
 
-    def _passing(self, found: int, filters: Mapping[str, Any]) -> Sequence[str]:
-        """Find the ids of all that pass the filters, if these are more than were found."""
-        if not filters and self.count() <= found:
-            return ()
-        given: Sequence[str] | None = filters.get("ids")
-        if given is not None and len(given) <= found:
-            return ()
-        ids: list[str] = self.get(include=[], **filters)["ids"]
-        return ids
+    def _unreached(self, query: _Query, reached: set[str]) -> Sequence[str]:
+        """Find the ids of all that pass the filters, without those that were reached."""
+        passing, filters = query.among, query.filters
+        if passing is None:
+            most = len(filters["ids"]) if "ids" in filters else None if filters else self.count()
+            if most is not None and most <= len(reached):
+                return ()
+            passing = self.get(include=[], **filters)["ids"]
+        return [each for each in passing or () if each not in reached]
 
-    def _compared(
-        self, ids: Sequence[str], vector: Any, names: Sequence[str]
-    ) -> list[dict[str, Any]]:
-        """Compute the distances of records that the index does not reach."""
-        rows = []
-        columns = [name for name in names if name not in {"distances", "embeddings"}]
+    def _compared(self, query: _Query, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Compute the distances of records."""
+        rows, vector = [], np.asarray(query.vector, np.float32)  # (D,)
+        columns = [name for name in query.names if name not in {"distances", "embeddings"}]
         for page in batch_iterate(_IDS, ids):
             found = self.get(page, include=[*columns, "embeddings"])
             if found["ids"]:
                 vectors = np.asarray(found["embeddings"], np.float32)  # (N, D)
-                distances = 1 - cosines(vectors, np.asarray(vector, np.float32))  # (N,)
+                distances = 1 - cosines(vectors, vector)  # (N,)
                 kept = {name: found[name] for name in ("ids", "embeddings", *columns)}
                 rows += _rows({**kept, "distances": distances.tolist()})
         return rows
@@ -215,10 +243,11 @@ class GuardedCollection:
             for number in numbers:
                 _check_body(ids[number], size(number), session.body)
             parts = windows(numbers, size, session.body, session.batch_size)
+        vectors = _with_ties_broken(ids, embeddings)
         for part in parts:
             columns: Any = {
                 "ids": [ids[number] for number in part],
-                "embeddings": [embeddings[number] for number in part],
+                "embeddings": [vectors[number] for number in part],
                 "metadatas": [metadatas[number] for number in part],
                 "documents": documents and [documents[number] for number in part],
             }
@@ -245,7 +274,31 @@ class GuardedCollection:
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Turn columns into rows of passages, without those that were deleted meanwhile."""
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-    return [row for row in rows if row["documents"] is not None]
+    return [row for row in rows if row.get("documents", "") is not None]
+
+
+def _is_crowded(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether an answer ends in equal passages, before it has many different ones.
+
+    Those after them may be nearer than they are: a graph that sees equal ones alone goes no way
+    that leads past others.
+    """
+    steps = np.diff([float(row["distances"]) for row in rows])  # (N-1,)
+    return bool(steps[-1] < _ROUNDING and np.count_nonzero(steps >= _ROUNDING) < _DIFFERENT)
+
+
+def _with_ties_broken(ids: Sequence[str], vectors: ArrayLike) -> NDArray[np.float32]:
+    """Let no two vectors, `(N, D)`, be equal: the last bits of their numbers are those of a hash.
+
+    Chroma's graph links a vector to its nearest: more equal ones than it has links to give are
+    linked to each other alone, and a search that meets one sees nothing else.
+    """
+    numbers = np.array(vectors, np.float32)  # (N, D)
+    bits = numbers.view(np.uint32)
+    for row, passage in enumerate(ids):
+        digest = hashlib.shake_128(passage.encode()).digest(bits.shape[1])
+        bits[row] = (bits[row] & ~_LOW_BITS) | (np.frombuffer(digest, np.uint8) & _LOW_BITS)
+    return numbers
 
 
 def _joined(parts: Sequence[Any], first: int, last: int | None) -> Any:

@@ -321,6 +321,28 @@ class TestEqualPassages:
             [first] = store.similarity_search_by_vector(vectors[number].tolist(), k=1)
             assert first.id == str(number)
 
+    @pytest.mark.parametrize(("written_by", "least"), [("store", 0.99), ("plain Chroma", 0.8)])
+    def test_more_than_a_search_keeps_in_view_hide_few_others(self, written_by, least):
+        store = open_chroma(HashedEmbeddings(64))
+        chooser = np.random.default_rng(1)
+        same = chooser.standard_normal(64)
+        topics = 0.5 * same + chooser.standard_normal((50, 64))
+        others = np.repeat(topics, 10, axis=0) + 0.5 * chooser.standard_normal((500, 64))
+        vectors = np.float32([*[same] * 2_000, *others])
+        order = chooser.permutation(len(vectors))
+        texts = list(map(str, order))
+        collection = store.passages.collection if written_by == "store" else plain(store)
+        collection.upsert(
+            ids=texts, embeddings=vectors[order], documents=texts, metadatas=[None] * len(order)
+        )
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        hits = 0
+        for number in range(2_000, 2_500):
+            found = store.similarity_search_by_vector(vectors[number].tolist(), k=4)
+            cosines = unit @ unit[number]
+            hits += sum(cosines[[int(d.id) for d in found]] >= np.sort(cosines)[-4] - 1e-5)
+        assert hits / (4 * 500) >= least
+
     def test_an_answer_is_completed_in_order_where_the_graph_has_no_way(self):
         store, vectors = self.filled(max_neighbors=4, ef_construction=8, ef_search=8)
         asked = vectors[300]
