@@ -25,8 +25,7 @@ from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense.chroma import index_documents, index_vectors, open_chroma
-from langchain_bge_dense.chroma.records import key_of
-from langchain_bge_dense.chroma.signals import Encoded, pack
+from langchain_bge_dense.chroma.signals import Encoded, key_of, pack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

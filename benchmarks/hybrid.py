@@ -27,9 +27,9 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_bge_dense import BGEM3Embeddings, BGEM3Retriever
 from langchain_bge_dense._scoring import lexical_scores
 from langchain_bge_dense.chroma import index_documents, open_chroma
-from langchain_bge_dense.chroma.records import Record, key_of
+from langchain_bge_dense.chroma.records import Record
 from langchain_bge_dense.chroma.search import Search, nearest
-from langchain_bge_dense.chroma.signals import Encoded, Position, pack
+from langchain_bge_dense.chroma.signals import Encoded, Position, key_of, pack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

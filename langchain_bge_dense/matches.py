@@ -291,8 +291,8 @@ def _stored(
     """Look up ColBERT vectors, `(T, D)`, by row, of documents that have one for each token."""
     if store is None:
         return {}
-    from langchain_bge_dense.chroma.records import key_of
     from langchain_bge_dense.chroma.search import model_of
+    from langchain_bge_dense.chroma.signals import key_of
 
     model_of(store, embeddings)  # raises where it is another
     rows = {key_of(d.id, d.page_content): row for row, d in enumerate(documents) if d.id}

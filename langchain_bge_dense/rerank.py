@@ -114,7 +114,7 @@ class BGEM3Reranker(BaseDocumentCompressor):
         encoded = model.encode([query], query=True, **wanted)
         scores = {name: np.full(len(documents), np.nan, np.float32) for name in used}
         if self.vectorstore is not None:
-            from langchain_bge_dense.chroma.records import key_of
+            from langchain_bge_dense.chroma.signals import key_of
 
             rows = [row for row, document in enumerate(documents) if document.id]
             keys = [key_of(str(documents[row].id), documents[row].page_content) for row in rows]

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from langchain_bge_dense.chroma.records import key_of
-from langchain_bge_dense.chroma.signals import Encoded, pack
+from langchain_bge_dense.chroma.signals import Encoded, key_of, pack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -17,7 +17,7 @@ from ray_process import BAD, BLOCKS, FATAL, TEXTS
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense._codes import Codec
 from langchain_bge_dense.chroma import index_documents, index_vectors, open_chroma
-from langchain_bge_dense.chroma.records import key_of
+from langchain_bge_dense.chroma.signals import key_of
 from langchain_bge_dense.ray import _check, _Columns, _Embedder, embed_dataset
 
 SCRIPT = Path(__file__).with_name("ray_process.py")

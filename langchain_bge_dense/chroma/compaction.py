@@ -11,8 +11,8 @@ from chromadb.errors import NotFoundError
 from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense.chroma.collection import GuardedCollection
-from langchain_bge_dense.chroma.records import key_of
 from langchain_bge_dense.chroma.session import COMPLETE, COPY
+from langchain_bge_dense.chroma.signals import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

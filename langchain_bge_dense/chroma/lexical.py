@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from langchain_bge_dense.chroma.records import passage_of
-from langchain_bge_dense.chroma.signals import Position, unpack
+from langchain_bge_dense.chroma.signals import Position, passage_of, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

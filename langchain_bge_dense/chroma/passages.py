@@ -18,10 +18,9 @@ from langchain_bge_dense._codes import colbert_windows
 from langchain_bge_dense._scoring import cosines
 from langchain_bge_dense.chroma.collection import GuardedCollection
 from langchain_bge_dense.chroma.lexical import LexicalIndex
-from langchain_bge_dense.chroma.records import key_of, passage_of
 from langchain_bge_dense.chroma.session import COPY
 from langchain_bge_dense.chroma.settings import CollectionSettings, check_model, claim, underlying
-from langchain_bge_dense.chroma.signals import Available, Encoded, Signals, pack
+from langchain_bge_dense.chroma.signals import Available, Encoded, Signals, key_of, pack, passage_of
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 if TYPE_CHECKING:

@@ -10,29 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from langchain_core.documents import Document
 
 from langchain_bge_dense._scoring import SCORE_KEYS
+from langchain_bge_dense.chroma.signals import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _KINDS = (bool, int, float, str)  # an int is not a float of the same value, nor True an int
-
-
-_HASH = 16  # characters of a key behind the id
-
-
-def key_of(passage: str, text: str) -> str:
-    """Make the key of the signals of a passage: its id, and sixty-four bits of its text.
-
-    >>> key_of("a", "one")
-    'a34f2ddaa8b7615c9'
-    """
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
-    return passage + digest.hexdigest()
-
-
-def passage_of(key: str) -> str:
-    """Extract the id from a key."""
-    return key[:-_HASH]
 
 
 class Record(NamedTuple):

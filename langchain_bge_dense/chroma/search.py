@@ -9,8 +9,8 @@ import numpy as np
 from langchain_core.documents import Document
 
 from langchain_bge_dense._scoring import Fusion, cosines, maxsim_scores, scaled, score_key
-from langchain_bge_dense.chroma.records import key_of
 from langchain_bge_dense.chroma.settings import underlying
+from langchain_bge_dense.chroma.signals import key_of
 from langchain_bge_dense.chroma.store import BGEM3Chroma
 from langchain_bge_dense.embeddings import BGEM3Embeddings
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import sqlite3
 import uuid
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     Replace = Callable[[GuardedCollection, Callable[[GuardedCollection], None]], None]
     Written = tuple["Position", list[tuple[str, bytes | None]]]
 
+_HASH = 16  # characters of a key behind the id
 _PAGE = 500  # rows looked up at once
 _INDEX_PAGE = 4_096  # rows that an index reads at once
 _LOG_PAGE = 8  # entries of a log that it reads at once
@@ -57,6 +59,21 @@ _DELETE = """
     INSERT OR REPLACE INTO passages (key) SELECT key FROM passages WHERE key = ?
 """
 _SWEEP = "DELETE FROM passages WHERE cut_at IS NULL AND lexical IS NULL AND codes IS NULL"
+
+
+def key_of(passage: str, text: str) -> str:
+    """Make the key of the signals of a passage: its id, and sixty-four bits of its text.
+
+    >>> key_of("a", "one")
+    'a34f2ddaa8b7615c9'
+    """
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
+    return passage + digest.hexdigest()
+
+
+def passage_of(key: str) -> str:
+    """Extract the id from a key."""
+    return key[:-_HASH]
 
 
 class Encoded(NamedTuple):

@@ -30,8 +30,7 @@ from langchain_bge_dense.chroma import (
     open_chroma,
     signals,
 )
-from langchain_bge_dense.chroma.records import key_of
-from langchain_bge_dense.chroma.signals import _SCHEMA
+from langchain_bge_dense.chroma.signals import _SCHEMA, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

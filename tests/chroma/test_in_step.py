@@ -24,8 +24,8 @@ from langchain_bge_dense.chroma import (
     index_vectors,
     open_chroma,
 )
-from langchain_bge_dense.chroma.records import key_of
 from langchain_bge_dense.chroma.settings import fingerprint_of
+from langchain_bge_dense.chroma.signals import key_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,8 +22,7 @@ from langchain_bge_dense.chroma import (
     signals,
 )
 from langchain_bge_dense.chroma.lexical import LexicalIndex
-from langchain_bge_dense.chroma.records import key_of
-from langchain_bge_dense.chroma.signals import Position, pack, unpack
+from langchain_bge_dense.chroma.signals import Position, key_of, pack, unpack
 
 PASSAGES = st.dictionaries(st.integers(0, 9), st.floats(0.125, 4, width=16), max_size=5)
 QUERIES = st.dictionaries(st.integers(0, 12), st.floats(0.125, 4, width=16), max_size=5)
