@@ -100,6 +100,7 @@ def opened(graph: str, folder: str) -> Any:
     """Make a collection of Chroma, or that of a store, whose calls have the same names."""
     if graph == STORE:
         store = open_chroma(DeterministicFakeEmbedding(size=WIDTH), persist_directory=folder)
+        store.passages.acquire_writer()  # as whatever writes to a store does
         return store.passages.collection
     client = chromadb.PersistentClient(folder, Settings(anonymized_telemetry=False))
     configuration: Any = {"hnsw": GRAPHS[graph]}

@@ -23,7 +23,6 @@ from langchain_core.utils.iter import batch_iterate
 
 from langchain_bge_dense._engine.calls import windows
 from langchain_bge_dense.chroma.collection import GuardedCollection
-from langchain_bge_dense.chroma.settings import cosine_configuration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     Written = tuple["Position", list[tuple[str, bytes | None]]]
 
 _HASH = 16  # characters of a key behind the id
+# Chroma makes a graph of whatever it stores: nobody searches this one.
+_GRAPH = {"hnsw": {"space": "cosine", "max_neighbors": 2, "ef_construction": 2}}
 _PAGE = 500  # rows looked up at once
 _INDEX_PAGE = 4_096  # rows that an index reads at once
 _LOG_PAGE = 8  # entries of a log that it reads at once
@@ -297,7 +298,7 @@ class CollectionSignals(Signals):
 
     def __init__(self, session: Session, name: str) -> None:
         self._session = session
-        self._collection = GuardedCollection(session, name, create=cosine_configuration(None))
+        self._collection = GuardedCollection(session, name, create=_GRAPH)
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete the signals of passages."""

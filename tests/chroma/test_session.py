@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import chromadb
@@ -296,6 +297,21 @@ def test_a_vector_without_a_text_is_no_passage():
     store.add_texts(["one"], ids=["1"])
     plain(store).add(ids=["bare"], embeddings=[store.embeddings.embed_query("bare")])
     assert [d.id for d in store.similarity_search("bare", k=5)] == ["1"]
+
+
+def test_a_folder_that_is_read_again_and_again_takes_no_more_memory(tmp_path):
+    with open_chroma(HashedEmbeddings(), persist_directory=tmp_path) as store:
+        store.add_texts(["one"])
+        session = store.passages.session
+        former = weakref.ref(session.client._system)
+        gc.disable()  # nobody knows when it would run
+        try:
+            for _ in range(3):
+                session.reopen()
+                assert store.similarity_search("one")
+            assert former() is None
+        finally:
+            gc.enable()
 
 
 class TestEqualPassages:
