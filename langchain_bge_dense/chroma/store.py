@@ -113,9 +113,14 @@ class BGEM3Chroma(Chroma):
         """Ignore the client that LangChain sets: the session owns it."""
 
     @property
-    def _collection(self) -> Any:
-        """The guarded collection, for LangChain's methods."""
-        return super()._collection if self._chroma_collection is None else self.passages.collection
+    def _chroma_collection(self) -> Any:
+        """The guarded collection, for LangChain's methods, or None once it was deleted."""
+        return self.passages.collection if self._exists else None
+
+    @_chroma_collection.setter
+    def _chroma_collection(self, collection: object) -> None:
+        """Remember that LangChain has a collection, which itself would keep its Chroma alive."""
+        self._exists = collection is not None
 
     @property
     def lexical(self) -> bool:
