@@ -162,7 +162,7 @@ class GuardedCollection:
         }
 
     def _nearest(self, query: _Query, count: int) -> list[dict[str, Any]]:
-        asked = count + 1  # to see what comes next
+        asked = count + 1 if count > 0 else count  # one more shows what comes next
         rows = self._reached(query, asked)
         reached = [row["ids"] for row in rows]
         if len(rows) == asked and _is_crowded(rows) and self.configuration_json.get("hnsw"):

@@ -314,6 +314,14 @@ def test_a_folder_that_is_read_again_and_again_takes_no_more_memory(tmp_path):
             gc.enable()
 
 
+@pytest.mark.parametrize("k", [0, -1])
+def test_no_documents_cannot_be_asked_for(k):
+    store = open_chroma(HashedEmbeddings())
+    store.add_texts(["one", "two"])
+    with pytest.raises(TypeError, match=f"{k}, cannot be negative, or zero"):
+        store.similarity_search("one", k=k)
+
+
 class TestEqualPassages:
     """Page headers, blank pages and licence texts, which are equal vectors in Chroma's graph."""
 
