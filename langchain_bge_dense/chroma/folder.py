@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _BACKUP = ".backup"
 _MEMORY = "ephemeral"  # Chroma's name of what it keeps in memory
 _STALE_SECONDS = 1.0  # how old what a process reads may be, while another one writes
+_COLLECTING_SECONDS = 10.0  # between two collections of what is no longer used
 _REOPENING_SHARE = 0.2  # of the time that a process spends on opening the folder again
 
 _folders: dict[str, Folder] = {}
@@ -104,7 +105,7 @@ class Folder:
         self.lock = threading.RLock()  # taken before the access lock, a file
         self.generation = 0
         self._database_id: tuple[int, int] | None = None
-        self.fresh_until = 0.0
+        self.fresh_until = self._collect_after = 0.0
         self.writers: set[int] = set()
         self._writer_lock = FileLock(self.real / "indexing.lock", thread_local=False)
         self._access_lock = FileLock(
@@ -148,6 +149,15 @@ class Folder:
         self.writers.clear()  # their lock was of a file that is gone
         self._writer_lock.release(force=True)
         return True
+
+    def forget_former(self) -> None:
+        """Free what was open before: a Chroma is a circle of objects around a whole index.
+
+        Python finds it some day, and takes a part of a second to look for it.
+        """
+        if time.monotonic() >= self._collect_after:
+            gc.collect()
+            self._collect_after = time.monotonic() + _COLLECTING_SECONDS
 
     def load(self, collection: Collection) -> int:
         """Let Chroma read a collection's index, if it is whole, at a version of the folder."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import os
 import threading
@@ -234,7 +233,7 @@ class FolderSession(Session):
         former, self.client = self.client, self.folder.client(self._names or {}, reopen=reopen)
         former.close()  # type: ignore[attr-defined]
         self.epoch = self.folder.generation
-        gc.collect()  # a Chroma that nobody uses is a circle around an index of many megabytes
+        self.folder.forget_former()
 
     def acquire_writer(self) -> None:
         """Make this the process that writes, after reading what another one has written."""

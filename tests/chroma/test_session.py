@@ -24,7 +24,13 @@ from langchain_core.documents import Document
 from tenacity import stop_after_attempt, wait_fixed
 
 from langchain_bge_dense import BGEM3Reranker, BGEM3Retriever
-from langchain_bge_dense.chroma import compact, index_documents, index_vectors, open_chroma
+from langchain_bge_dense.chroma import (
+    compact,
+    folder,
+    index_documents,
+    index_vectors,
+    open_chroma,
+)
 from langchain_bge_dense.chroma.session import RETRYING
 from langchain_bge_dense.chroma.settings import fingerprint_of
 from langchain_bge_dense.errors import AnotherModelError
@@ -299,7 +305,8 @@ def test_a_vector_without_a_text_is_no_passage():
     assert [d.id for d in store.similarity_search("bare", k=5)] == ["1"]
 
 
-def test_a_folder_that_is_read_again_and_again_takes_no_more_memory(tmp_path):
+def test_a_folder_that_is_read_again_and_again_takes_no_more_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "_COLLECTING_SECONDS", 0.0)
     with open_chroma(HashedEmbeddings(), persist_directory=tmp_path) as store:
         store.add_texts(["one"])
         session = store.passages.session
