@@ -35,7 +35,8 @@ _NUMBER = 24  # bytes of a number in a request to a server
 _ANSWER = ("metadatas", "documents", "distances")
 _LOW_BITS = np.uint32(0b1111)  # of the 23 of a mantissa: 6e-7 of a vector's length
 _ROUNDING = 1e-6  # of a distance
-_WIDE, _WIDER = 400, 8  # a new collection has 400 in view: asking for fewer takes as long
+_WIDE = 400  # what a new collection's graph keeps in view: asking for fewer takes as long
+_WIDER = 8  # times as many are asked for next
 _DIFFERENT = 200  # distances of an answer that show that the graph saw more than equal ones
 
 
@@ -165,6 +166,7 @@ class GuardedCollection:
         asked = count + 1 if count > 0 else count  # one more shows what comes next
         rows = self._reached(query, asked)
         reached = [row["ids"] for row in rows]
+        # SPANN, the index of Chroma Cloud, is no graph.
         if len(rows) == asked and _is_crowded(rows) and self.configuration_json.get("hnsw"):
             reached, asked = self._wider(query, asked)
             rows = self._compared(query, reached[:count])
