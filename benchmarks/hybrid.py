@@ -137,8 +137,8 @@ def filters(arguments: argparse.Namespace) -> None:
         fill_store(store, lexical, share_of)
         for share in (1.0, 0.5, 0.05, 0.001):
             rows = np.flatnonzero(share_of < share).tolist()
-            where = {"share": {"$lt": share}} if share < 1 else None
-            search = Search("", 4, arguments.count, (0, 1, 0), "standard", filters={"where": where})
+            where: dict[str, Any] = {"where": {"share": {"$lt": share}}} if share < 1 else {}
+            search = Search("", 4, arguments.count, (0, 1, 0), "standard", filters=where)
             exact = [best_of(lexical, rows, query, arguments.count) for query in queries]
             results.append({"share": share, **searched(store, queries, search, lexical, exact)})
     table = [
@@ -194,7 +194,7 @@ def searched(
     hits, steps = 0, []
     for query, best in zip(queries, exact, strict=True):
         times = [time.perf_counter()]
-        among = passages.ids(**search.filters)
+        among = passages.ids(**search.filters) if search.filters else None
         times.append(time.perf_counter())
         nearest(passages, vector, search, among)
         times.append(time.perf_counter())
