@@ -1,10 +1,10 @@
 """What the graph of a collection finds of the nearest passages, and what a wider one costs.
 
     python benchmarks/recall.py
-    python benchmarks/recall.py --sizes 100000 --graphs "Chroma's own" "a store"
+    python benchmarks/recall.py --sizes 40000 --graphs "Chroma's own" "a store" "a store, 32 links"
 
 Chroma's own graph, that graph with a longer search, the graph of `open_chroma` in a plain Chroma,
-and a store of `open_chroma`, each in a process of its own, against brute force. Vectors of 1,024
+and stores of `open_chroma`, each in a process of its own, against brute force. Vectors of 1,024
 numbers vary in 64 directions, as those of a model do in few; with repeats, three of ten passages
 are one of three texts, as page headers are. A query is a passage with a little noise. Of equal
 distances, any counts as found.
@@ -39,12 +39,15 @@ QUERIES, NEAREST = 200, 50
 REPEATED, TEXTS = 0.3, 3
 NOISE = 0.1  # of a query, beside the length of a passage
 ROUNDING = 1e-5  # of a distance in float32
-STORE = "a store"
-GRAPHS = {
+PLAIN: dict[str, Any] = {
     "Chroma's own": {"space": "cosine"},
     "and ef_search 400": {"space": "cosine", "ef_search": 400},
     "open_chroma's": cosine_configuration(None)["hnsw"],
-    STORE: None,
+}
+STORES: dict[str, Any] = {
+    "a store": {},
+    "a store, ef_construction 200": {"ef_construction": 200},
+    "a store, 32 links": {"ef_construction": 200, "max_neighbors": 32},
 }
 
 
@@ -98,12 +101,16 @@ def measure(graph: str, count: int, *, repeats: bool, folder: str) -> dict[str, 
 
 def opened(graph: str, folder: str) -> Any:
     """Make a collection of Chroma, or that of a store, whose calls have the same names."""
-    if graph == STORE:
-        store = open_chroma(DeterministicFakeEmbedding(size=WIDTH), persist_directory=folder)
+    if graph in STORES:
+        store = open_chroma(
+            DeterministicFakeEmbedding(size=WIDTH),
+            persist_directory=folder,
+            collection_configuration={"hnsw": STORES[graph]},
+        )
         store.passages.acquire_writer()  # as whatever writes to a store does
         return store.passages.collection
     client = chromadb.PersistentClient(folder, Settings(anonymized_telemetry=False))
-    configuration: Any = {"hnsw": GRAPHS[graph]}
+    configuration: Any = {"hnsw": PLAIN[graph]}
     return client.create_collection("recall", configuration=configuration, embedding_function=None)
 
 
@@ -131,7 +138,8 @@ def in_a_process(graph: str, count: int, *, repeats: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--graphs", choices=GRAPHS, nargs="+", default=list(GRAPHS))
+    every = [*PLAIN, *STORES]
+    parser.add_argument("--graphs", choices=every, nargs="+", default=every[:4])
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
