@@ -17,8 +17,8 @@ from common import finish, machine, median_seconds, show, text_of
 from torch.profiler import ProfilerActivity, profile
 
 from langchain_bge_dense import BGEM3Embeddings
+from langchain_bge_dense._engine.encoding import Outputs
 from langchain_bge_dense._engine.loading import load_encoder
-from langchain_bge_dense._engine.outputs import Outputs
 
 LENGTHS = {
     "query of 10 tokens": [10],

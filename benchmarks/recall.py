@@ -2,6 +2,7 @@
 
     python benchmarks/recall.py
     python benchmarks/recall.py --sizes 40000 --graphs "Chroma's own" "a store" "a store, 32 links"
+    python benchmarks/recall.py --sizes 10000 --rounds 5
 
 Chroma's own graph, that graph with a longer search, the graph of `open_chroma` in a plain Chroma,
 and stores of `open_chroma`, each in a process of its own, against brute force. Vectors of 1,024
@@ -55,10 +56,10 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def passages(count: int, *, repeats: bool) -> NDArray[np.float32]:
+def passages(count: int, *, repeats: bool, seed: int = 0) -> NDArray[np.float32]:
     """Unit vectors `(count, WIDTH)`, in random order."""
-    chooser = np.random.default_rng(0)
-    directions = chooser.standard_normal((DIRECTIONS, WIDTH), np.float32)
+    directions = np.random.default_rng(0).standard_normal((DIRECTIONS, WIDTH), np.float32)
+    chooser = np.random.default_rng([1, seed])
     vectors = unit(chooser.standard_normal((count, DIRECTIONS), np.float32) @ directions)
     if repeats:
         chosen = chooser.permutation(count)[: int(REPEATED * count)]
@@ -68,23 +69,43 @@ def passages(count: int, *, repeats: bool) -> NDArray[np.float32]:
 
 def queries(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Unit vectors `(QUERIES, WIDTH)` near passages."""
-    chooser = np.random.default_rng(1)
+    chooser = np.random.default_rng(2)
     near = vectors[chooser.choice(len(vectors), QUERIES, replace=False)]
     noise = unit(chooser.standard_normal(near.shape, np.float32))
     return unit(near + np.float32(NOISE) * noise)
 
 
-def measure(graph: str, count: int, *, repeats: bool, folder: str) -> dict[str, float]:
-    """Fill a collection, and ask it."""
+def write(collection: Any, rows: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+    """Write rows of vectors, whose numbers are their ids."""
+    for part in np.array_split(rows, range(BATCH, len(rows), BATCH)):
+        ids = list(map(str, part))
+        collection.upsert(
+            ids=ids, embeddings=vectors[part], documents=ids, metadatas=[None] * len(ids)
+        )
+
+
+def change(collection: Any, vectors: NDArray[np.float32], rounds: int, *, repeats: bool) -> None:
+    """Delete half of the passages, update three of ten others, and add as many as are missing."""
+    for number in range(1, rounds + 1):
+        order = np.random.default_rng([3, number]).permutation(len(vectors))
+        gone, updated = order[: len(order) // 2], order[len(order) // 2 :][: len(order) * 3 // 20]
+        new = np.concatenate([gone, updated])
+        for part in np.array_split(gone, range(BATCH, len(gone), BATCH)):
+            collection.delete(ids=list(map(str, part)))
+        vectors[new] = passages(len(new), repeats=repeats, seed=number)
+        write(collection, updated, vectors)
+        write(collection, gone, vectors)
+
+
+def measure(graph: str, count: int, *, repeats: bool, rounds: int, folder: str) -> dict[str, float]:
+    """Fill a collection, change it, and ask it."""
     vectors = passages(count, repeats=repeats)
-    asked = queries(vectors)
     collection = opened(graph, folder)
     start = time.perf_counter()
-    for first in range(0, count, BATCH):
-        ids = list(map(str, range(first, min(first + BATCH, count))))
-        part = vectors[first : first + BATCH]
-        collection.upsert(ids=ids, embeddings=part, documents=ids, metadatas=[None] * len(ids))
+    write(collection, np.arange(count), vectors)
     filled = time.perf_counter() - start
+    change(collection, vectors, rounds, repeats=repeats)
+    asked = queries(vectors)
     collection.query(asked[:1], n_results=NEAREST, include=ANSWER)
     start = time.perf_counter()
     found = [collection.query(q[None], n_results=NEAREST, include=ANSWER)["ids"] for q in asked]
@@ -126,10 +147,10 @@ def recall(
     return hits / (NEAREST * QUERIES)
 
 
-def in_a_process(graph: str, count: int, *, repeats: bool) -> dict[str, float]:
+def in_a_process(graph: str, **given: Any) -> dict[str, float]:
     """Measure in a process of its own, as one holds on to memory."""
     with tempfile.TemporaryDirectory() as folder:
-        child = json.dumps({"graph": graph, "count": count, "repeats": repeats, "folder": folder})
+        child = json.dumps({"graph": graph, "folder": folder, **given})
         command = [sys.executable, __file__, "--child", child]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
@@ -140,6 +161,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
     every = [*PLAIN, *STORES]
     parser.add_argument("--graphs", choices=every, nargs="+", default=every[:4])
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="of deletes and updates before asking"
+    )
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -150,7 +174,7 @@ def main() -> None:
     for count in arguments.sizes:
         for repeats in (False, True):
             for graph in arguments.graphs:
-                row = in_a_process(graph, count, repeats=repeats)
+                row = in_a_process(graph, count=count, repeats=repeats, rounds=arguments.rounds)
                 results.append({"graph": graph, "passages": count, "repeats": repeats, **row})
     table = [
         [

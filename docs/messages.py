@@ -17,7 +17,6 @@ PARTS = {  # headings, by the beginning of a module's path
     "chroma/": "Chroma",
     "serve/": "The server",
     "_engine/client": "Asking a server",
-    "_engine/wire": "Asking a server",
     "": "Model, texts and search",
 }
 

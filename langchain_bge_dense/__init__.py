@@ -6,7 +6,7 @@ Importing the package imports neither torch nor FlagEmbedding: names are fetched
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from langchain_bge_dense._engine.outputs import M3Encoding
+    from langchain_bge_dense._engine.encoding import M3Encoding
     from langchain_bge_dense.embeddings import BGEM3Embeddings
     from langchain_bge_dense.rerank import BGEM3Reranker
     from langchain_bge_dense.retriever import BGEM3Retriever
@@ -17,7 +17,7 @@ _HOMES = {
     "BGEM3Embeddings": "embeddings",
     "BGEM3Reranker": "rerank",
     "BGEM3Retriever": "retriever",
-    "M3Encoding": "_engine.outputs",
+    "M3Encoding": "_engine.encoding",
 }
 
 __all__ = ["BGEM3Embeddings", "BGEM3Reranker", "BGEM3Retriever", "M3Encoding", "__version__"]

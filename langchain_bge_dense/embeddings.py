@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from langchain_bge_dense._engine.calls import BaseEngine, Options
-    from langchain_bge_dense._engine.outputs import M3Encoding
+    from langchain_bge_dense._engine.encoding import M3Encoding
 
 P = TypeVar("P")
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from langchain_bge_dense._engine.outputs import M3Encoding
+    from langchain_bge_dense._engine.encoding import M3Encoding
 
 SIGNALS = ("dense", "lexical", "colbert")
 

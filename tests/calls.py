@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from langchain_bge_dense import BGEM3Embeddings
-    from langchain_bge_dense._engine.outputs import Outputs, TextOutputs
+    from langchain_bge_dense._engine.encoding import Outputs, TextOutputs
 
 WAIT = 20.0  # seconds; only a test that fails takes so long
 

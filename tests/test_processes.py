@@ -199,7 +199,7 @@ def fork_while_locks_are_held(embeddings: BGEM3Embeddings) -> None:
 @scenario
 def fork_while_a_result_is_delivered(embeddings: BGEM3Embeddings) -> None:
     from langchain_bge_dense._engine.calls import Call, wait
-    from langchain_bge_dense._engine.outputs import Outputs
+    from langchain_bge_dense._engine.encoding import Outputs
 
     engine = embeddings._engine
     expected = embeddings.embed_documents(FEW)

@@ -20,7 +20,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from langchain_bge_dense._engine.checkpoint import HEADS
-from langchain_bge_dense._engine.outputs import Outputs
+from langchain_bge_dense._engine.encoding import Outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from langchain_bge_dense._engine.checkpoint import Checkpoint
-    from langchain_bge_dense._engine.outputs import M3Encoding
+    from langchain_bge_dense._engine.encoding import M3Encoding
 
 T = TypeVar("T")
 

@@ -33,17 +33,16 @@ from tenacity import (
 
 from langchain_bge_dense._engine.calls import BaseEngine, check_text, result, windows
 from langchain_bge_dense._engine.checkpoint import Checkpoint
+from langchain_bge_dense._engine.encoding import encoding_of, from_bytes
 from langchain_bge_dense._engine.modules import Modules, Prompts
-from langchain_bge_dense._engine.outputs import encoding_of
 from langchain_bge_dense._engine.process import forkable_lock
-from langchain_bge_dense._engine.wire import unpack
 from langchain_bge_dense._retries import given_up
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
 
     from langchain_bge_dense._engine.calls import Options
-    from langchain_bge_dense._engine.outputs import M3Encoding, Outputs
+    from langchain_bge_dense._engine.encoding import M3Encoding, Outputs
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +187,7 @@ class Client(BaseEngine):
     def encoding(self, requests: Sequence[Post], outputs: Outputs, options: Options) -> M3Encoding:
         """Join the replies to requests."""
         if requests:
-            return unpack([reply for request in requests for reply in request.future.result()])
+            return from_bytes([reply for request in requests for reply in request.future.result()])
         return encoding_of(
             [],
             [],

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from langchain_bge_dense._engine.outputs import Outputs, TextOutputs, Tokens
+from langchain_bge_dense._engine.encoding import Outputs, TextOutputs, Tokens
 from langchain_bge_dense._engine.process import tokenizers
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from langchain_bge_dense._engine import loading
 from langchain_bge_dense._engine.calls import BaseEngine, check_text, result
 from langchain_bge_dense._engine.checkpoint import Checkpoint, read_checkpoint
+from langchain_bge_dense._engine.encoding import encoding_of
 from langchain_bge_dense._engine.hub import HubSource, resolve
-from langchain_bge_dense._engine.outputs import encoding_of
 from langchain_bge_dense._engine.process import forkable_lock
 from langchain_bge_dense._engine.scheduler import Request, Scheduler
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from langchain_bge_dense._engine.calls import Options
     from langchain_bge_dense._engine.encoder import Encoder
-    from langchain_bge_dense._engine.outputs import M3Encoding, Outputs, Tokens
+    from langchain_bge_dense._engine.encoding import M3Encoding, Outputs, Tokens
 
 
 class Engine(BaseEngine):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from langchain_bge_dense._engine.encoder import Encoder
-    from langchain_bge_dense._engine.outputs import Outputs, TextOutputs, Tokens
+    from langchain_bge_dense._engine.encoding import Outputs, TextOutputs, Tokens
 
 _STOP_SECONDS = 10.0  # how long a stop waits for the running batch
 _THREAD = "bge-m3-encoder"

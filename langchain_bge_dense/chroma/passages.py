@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from langchain_bge_dense._codes import Codec
-    from langchain_bge_dense._engine.outputs import M3Encoding
+    from langchain_bge_dense._engine.encoding import M3Encoding
     from langchain_bge_dense.chroma.records import Record
     from langchain_bge_dense.chroma.session import Session
     from langchain_bge_dense.chroma.settings import Wanted

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from langchain_bge_dense._engine.outputs import M3Encoding
+    from langchain_bge_dense._engine.encoding import M3Encoding
     from langchain_bge_dense.chroma.passages import Passages
 
 _MOST_IDS = 100_000  # of one request, which a server takes up to 40 MiB of

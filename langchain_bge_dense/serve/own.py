@@ -10,12 +10,12 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
 from langchain_bge_dense._engine.calls import check_text
-from langchain_bge_dense._engine.wire import MEDIA_TYPE, pack
+from langchain_bge_dense._engine.encoding import MEDIA_TYPE, to_bytes
 from langchain_bge_dense.serve import tei
 from langchain_bge_dense.serve.service import EncodeRequest, refusal, service_of
 
 if TYPE_CHECKING:
-    from langchain_bge_dense._engine.outputs import M3Encoding
+    from langchain_bge_dense._engine.encoding import M3Encoding
 
 router = APIRouter(tags=["langchain-bge-dense"])
 
@@ -36,7 +36,9 @@ class WeightsRequest(BaseModel):
 async def encode(http: Request, asked: EncodeRequest) -> Response:
     """Compute any of the three outputs, as JSON or, to the last bit of float32, as safetensors."""
     packed = asked.encoding_format == "safetensors"
-    [content] = await service_of(http).encode(http, asked, pack if packed else _as_json, parts=1)
+    [content] = await service_of(http).encode(
+        http, asked, to_bytes if packed else _as_json, parts=1
+    )
     return Response(content, media_type=MEDIA_TYPE if packed else "application/json")
 
 

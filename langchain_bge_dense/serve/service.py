@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from langchain_bge_dense._engine.calls import Options
-    from langchain_bge_dense._engine.outputs import M3Encoding
+    from langchain_bge_dense._engine.encoding import M3Encoding
     from langchain_bge_dense.embeddings import BGEM3Embeddings
 
 logger = logging.getLogger(__name__)

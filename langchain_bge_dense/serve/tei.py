@@ -24,7 +24,7 @@ from langchain_bge_dense.serve.service import (
 )
 
 if TYPE_CHECKING:
-    from langchain_bge_dense._engine.outputs import M3Encoding
+    from langchain_bge_dense._engine.encoding import M3Encoding
     from langchain_bge_dense.serve.service import Service
 
 router = APIRouter(tags=["text-embeddings-inference"])

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from langchain_bge_dense._engine.calls import BaseEngine, Options
-    from langchain_bge_dense._engine.outputs import M3Encoding
+    from langchain_bge_dense._engine.encoding import M3Encoding
     from langchain_bge_dense.embeddings import BGEM3Embeddings
 
     Key = tuple[Options, tuple[str, ...]]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense._engine.encoder import Encoder, is_out_of_memory
-from langchain_bge_dense._engine.outputs import Outputs
+from langchain_bge_dense._engine.encoding import Outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_bge_dense._engine.outputs import Outputs, TextOutputs, Tokens
+from langchain_bge_dense._engine.encoding import Outputs, TextOutputs, Tokens
 from langchain_bge_dense._engine.scheduler import Queue, Request, Scheduler, Sequence
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from langchain_bge_dense._engine.outputs import (
+from langchain_bge_dense._engine.encoding import (
     M3Encoding,
     Outputs,
     TextOutputs,
