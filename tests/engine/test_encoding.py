@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,10 @@ from langchain_bge_dense._engine.encoding import (
     TextOutputs,
     Tokens,
     encoding_of,
+    from_bytes,
     lexical_weights,
     normalized,
+    to_bytes,
 )
 
 UNWEIGHTED = np.array([0, 1, 2, 3], np.int32)
@@ -109,4 +113,45 @@ def test_the_repr_counts_and_shows_no_numbers() -> None:
     )
     assert repr(encode(normalize=True, dense=False, lexical=True)) == (
         "M3Encoding(2 texts, 13 tokens, 1 truncated: lexical 2 weights)"
+    )
+
+
+def same(one: M3Encoding, other: M3Encoding) -> bool:
+    """Compare to the last bit, types included."""
+    rows = [*zip(one.colbert or (), other.colbert or (), strict=True)]
+    arrays = [(getattr(one, n), getattr(other, n)) for n in ("dense", "token_counts", "truncated")]
+    return all(
+        np.array_equal(a, b) and getattr(a, "dtype", 0) == getattr(b, "dtype", 0)
+        for a, b in [*arrays, *rows]
+        if a is not None or b is not None
+    ) and (one.lexical, one.colbert is None) == (other.lexical, other.colbert is None)
+
+
+@pytest.mark.parametrize("lexical", [False, True])
+@pytest.mark.parametrize("colbert", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_bytes_keep_every_bit(*, dense: bool, lexical: bool, colbert: bool) -> None:
+    encoding = encode(normalize=True, dense=dense, lexical=lexical, colbert=colbert)
+    assert same(from_bytes([to_bytes(encoding)]), encoding)
+
+
+def test_replies_of_one_call_are_joined_in_their_order() -> None:
+    """Of texts with no weights and no vectors, too."""
+    first = encode(normalize=True, lexical=True, colbert=True)
+    empty = replace(
+        first,
+        lexical=[{}, {9: 0.125, 4: 0.5}],
+        colbert=[np.zeros((0, 2), np.float32), np.float32([[5, 6]])],
+        truncated=np.array([True, True]),
+    )
+    joined = from_bytes([to_bytes(first), to_bytes(empty)])
+    assert same(
+        joined,
+        M3Encoding(
+            np.concatenate([first.dense, empty.dense]),
+            [*first.lexical, *empty.lexical],
+            [*first.colbert, *empty.colbert],
+            np.array([4, 9, 4, 9]),
+            np.array([False, True, True, True]),
+        ),
     )
