@@ -1,8 +1,7 @@
 """What the graph of a collection finds of the nearest passages, and what a wider one costs.
 
     python benchmarks/recall.py
-    python benchmarks/recall.py --sizes 40000 --graphs "Chroma's own" "a store" "a store, 32 links"
-    python benchmarks/recall.py --sizes 10000 --rounds 5
+    python benchmarks/recall.py --sizes 4000 --rounds 5
 
 Chroma's own graph, that graph with a longer search, the graph of `open_chroma` in a plain Chroma,
 and stores of `open_chroma`, each in a process of its own, against brute force. Vectors of 1,024
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 ANSWER = ["documents", "metadatas", "distances"]  # what LangChain asks for
 WIDTH, DIRECTIONS, BATCH = 1_024, 64, 1_000
 QUERIES, NEAREST = 200, 50
+UPDATES = 200  # of passages, by other vectors
 REPEATED, TEXTS = 0.3, 3
 NOISE = 0.1  # of a query, beside the length of a passage
 ROUNDING = 1e-5  # of a distance in float32
@@ -103,7 +103,14 @@ def measure(graph: str, count: int, *, repeats: bool, rounds: int, folder: str) 
     collection = opened(graph, folder)
     start = time.perf_counter()
     write(collection, np.arange(count), vectors)
+    collection.query(vectors[:1], n_results=NEAREST, include=ANSWER)  # the graph is complete
     filled = time.perf_counter() - start
+    rows = np.arange(0, count, count // UPDATES)[:UPDATES]
+    vectors[rows] = passages(UPDATES, repeats=False, seed=100)
+    start = time.perf_counter()
+    write(collection, rows, vectors)
+    collection.query(vectors[:1], n_results=NEAREST, include=ANSWER)
+    updated = time.perf_counter() - start
     change(collection, vectors, rounds, repeats=repeats)
     asked = queries(vectors)
     collection.query(asked[:1], n_results=NEAREST, include=ANSWER)
@@ -114,6 +121,7 @@ def measure(graph: str, count: int, *, repeats: bool, rounds: int, folder: str) 
     return {
         "recall": recall(vectors, asked, [list(map(int, ids)) for [ids] in found]),
         "filling": filled / count,
+        "update": updated / UPDATES,
         "query": seconds,
         "memory": peak_memory(),
         "bytes": size / count,
@@ -160,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
     every = [*PLAIN, *STORES]
-    parser.add_argument("--graphs", choices=every, nargs="+", default=every[:4])
+    parser.add_argument("--graphs", choices=every, nargs="+", default=every)
     parser.add_argument(
         "--rounds", type=int, default=0, help="of deletes and updates before asking"
     )
@@ -182,14 +190,15 @@ def main() -> None:
             row["graph"],
             f"{row['recall']:.4f}",
             f"{row['filling'] * 1e3:.2f} ms",
+            f"{row['update'] * 1e3:.1f} ms",
             f"{row['query'] * 1e3:.1f} ms",
             f"{row['memory']:.2f} GiB",
             f"{row['bytes']:,.0f} B",
         ]
         for row in results
     ]
-    header = ["passages", "graph", f"recall at {NEAREST}", "filling, each", "a query"]
-    show([*header, "peak memory", "index, each"], table)
+    header = ["passages", "graph", f"recall at {NEAREST}", "filling, each"]
+    show([*header, "an update", "a query", "peak memory", "index, each"], table)
     finish("recall", results)
 
 
