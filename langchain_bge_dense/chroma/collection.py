@@ -35,7 +35,7 @@ _NUMBER = 24  # bytes of a number in a request to a server
 _ANSWER = ("metadatas", "documents", "distances")
 _LOW_BITS = np.uint32(0b1111)  # of the 23 of a mantissa: 6e-7 of a vector's length
 _ROUNDING = 1e-6  # of a distance
-_WIDE = 400  # what a new collection's graph keeps in view: asking for fewer takes as long
+_LEAST = 100  # asked of a graph: ten nearest may look sound where a crowd hides nearer ones
 _WIDER = 8  # times as many are asked for next
 _DIFFERENT = 200  # distances of an answer that show that the graph saw more than equal ones
 
@@ -163,14 +163,15 @@ class GuardedCollection:
         }
 
     def _nearest(self, query: _Query, count: int) -> list[dict[str, Any]]:
-        asked = count + 1 if count > 0 else count  # one more shows what comes next
+        needed = count + 1  # one more shows what comes next
+        asked = max(needed, _LEAST) if count > 0 else count  # Chroma refuses 0 and less
         rows = self._reached(query, asked)
         reached = [row["ids"] for row in rows]
         # SPANN, the index of Chroma Cloud, is no graph.
         if len(rows) == asked and _is_crowded(rows) and self.configuration_json.get("hnsw"):
-            reached, asked = self._wider(query, asked)
+            reached, needed = self._wider(query, asked)
             rows = self._compared(query, reached[:count])
-        if len(reached) < asked:
+        if len(reached) < needed:
             rows += self._compared(query, self._unreached(query, set(reached)))
         return sorted(rows, key=lambda row: float(row["distances"]))[:count]
 
@@ -181,7 +182,7 @@ class GuardedCollection:
         """
         query = query._replace(names=["distances"])
         while True:
-            asked = max(_WIDE, _WIDER * asked)
+            asked *= _WIDER
             rows = self._reached(query, asked)
             if len(rows) < asked or not _is_crowded(rows):
                 return [row["ids"] for row in rows], asked
@@ -280,13 +281,13 @@ def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def _is_crowded(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Tell whether an answer ends in equal passages, before it has many different ones.
+    """Tell whether most of an answer is equal passages, with few different ones beside them.
 
-    Those after them may be nearer than they are: a graph that sees equal ones alone goes no way
-    that leads past others.
+    Others may be nearer than they are: a graph that sees equal ones alone goes no way that leads
+    past them.
     """
     steps = np.diff([float(row["distances"]) for row in rows])  # (N-1,)
-    return bool(steps[-1] < _ROUNDING and np.count_nonzero(steps >= _ROUNDING) < _DIFFERENT)
+    return bool((steps >= _ROUNDING).sum() < min(len(rows) // 2, _DIFFERENT))
 
 
 def _with_ties_broken(ids: Sequence[str], vectors: ArrayLike) -> NDArray[np.float32]:
