@@ -281,13 +281,14 @@ def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def _is_crowded(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Tell whether most of an answer is equal passages, with few different ones beside them.
+    """Tell whether an answer ends in or mostly is equal passages, with few different ones.
 
     Others may be nearer than they are: a graph that sees equal ones alone goes no way that leads
     past them.
     """
-    steps = np.diff([float(row["distances"]) for row in rows])  # (N-1,)
-    return bool((steps >= _ROUNDING).sum() < min(len(rows) // 2, _DIFFERENT))
+    new = np.diff([float(row["distances"]) for row in rows]) >= _ROUNDING  # (N-1,)
+    different = int(new.sum())
+    return different < _DIFFERENT and bool(not new[-1] or different < len(rows) // 2)
 
 
 def _with_ties_broken(ids: Sequence[str], vectors: ArrayLike) -> NDArray[np.float32]:

@@ -352,8 +352,8 @@ class TestEqualPassages:
             [first] = store.similarity_search_by_vector(vectors[number].tolist(), k=1)
             assert first.id == str(number)
 
-    @pytest.mark.parametrize(("written_by", "least"), [("store", 0.99), ("plain Chroma", 0.97)])
-    def test_more_than_a_search_keeps_in_view_hide_few_others(self, written_by, least):
+    @pytest.mark.parametrize("written_by", ["store", "plain Chroma"])
+    def test_more_than_a_search_keeps_in_view_hide_few_others(self, written_by):
         store = open_chroma(HashedEmbeddings(64))
         chooser = np.random.default_rng(1)
         same = chooser.standard_normal(64)
@@ -372,7 +372,7 @@ class TestEqualPassages:
             found = store.similarity_search_by_vector(vectors[number].tolist(), k=4)
             cosines = unit @ unit[number]
             hits += sum(cosines[[int(d.id) for d in found]] >= np.sort(cosines)[-4] - 1e-5)
-        assert hits / (4 * 500) >= least
+        assert hits / (4 * 500) >= 0.99
 
     def test_an_answer_is_completed_in_order_where_the_graph_has_no_way(self):
         store, vectors = self.filled(max_neighbors=4, ef_construction=8, ef_search=8)

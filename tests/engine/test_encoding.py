@@ -119,10 +119,10 @@ def test_the_repr_counts_and_shows_no_numbers() -> None:
 def same(one: M3Encoding, other: M3Encoding) -> bool:
     """Compare to the last bit, types included."""
     rows = [*zip(one.colbert or (), other.colbert or (), strict=True)]
-    arrays = [(getattr(one, n), getattr(other, n)) for n in ("dense", "token_counts", "truncated")]
+    columns = [(getattr(one, n), getattr(other, n)) for n in ("dense", "token_counts", "truncated")]
     return all(
         np.array_equal(a, b) and getattr(a, "dtype", 0) == getattr(b, "dtype", 0)
-        for a, b in [*arrays, *rows]
+        for a, b in [*columns, *rows]
         if a is not None or b is not None
     ) and (one.lexical, one.colbert is None) == (other.lexical, other.colbert is None)
 
