@@ -32,14 +32,14 @@ def alike(vectors: list[list[float]], others: list[list[float]]) -> bool:
 
 
 def lowest_int8_cosine() -> float:
-    """To float32, on the tiny checkpoint; CPUs without VNNI have weights of 7 bits."""
+    """To float32, on the tiny checkpoint; CPUs without VNNI have tokens of 7 bits."""
     import torch
 
     from langchain_bge_dense._engine import linear
 
     factory = linear.LinearFactory("int8", torch.device("cpu"), torch.float32)
     layer = factory(torch.eye(8), torch.zeros(8))
-    return 0.99 if isinstance(layer, linear.PackedInt7Linear) else 0.995
+    return 0.99 if isinstance(layer, linear.PlainInt7Linear) else 0.995
 
 
 def end_as(before: set[threading.Thread]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,11 +26,13 @@ logger = logging.getLogger(__name__)
 AMX = torch.cpu._is_amx_tile_supported()  # noqa: SLF001
 
 
-def cpu_has_bf16() -> bool:
-    """Tell whether PyTorch multiplies bfloat16 in hardware on this CPU.
+def cpu_is_fast_in_bf16() -> bool:
+    """Tell whether bfloat16 products are faster than float32 ones on this CPU.
 
-    Without, PyTorch emulates bfloat16, slower than float32. oneDNN, which multiplies, can be told
-    by ONEDNN_MAX_CPU_ISA to use less than the CPU has.
+    PyTorch emulates what a CPU lacks. Intel's cores since Sapphire Rapids, which have AVX512-FP16,
+    compute bfloat16 at half of float32's rate but by AMX, which a virtual machine may hide
+    (`benchmarks/encode.py`; https://github.com/libxsmm/tpp-mlir/pull/1025). oneDNN, which
+    multiplies, can be told by ONEDNN_MAX_CPU_ISA to use less than the CPU has.
     """
     mkldnn: Any = torch.ops.mkldnn
     if not (torch.backends.mkldnn.is_available() and mkldnn._is_mkldnn_bf16_supported()):  # type: ignore[no-untyped-call]  # noqa: SLF001
@@ -37,12 +40,14 @@ def cpu_has_bf16() -> bool:
     if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch, which knows no Arm
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, check, bool)() for check in checks)
-    return any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))
+    has = torch.cpu.get_capabilities().get
+    slow = has("avx512_fp16") and not has("sse4a")  # which AMD's have
+    return bool(has("amx_bf16") or has("bf16") or (has("avx512_bf16") and not slow))
 
 
 # PyTorch's flash attention makes use of AMX, but not of other bfloat16 products: without AMX long
 # texts attend by products (layers.py).
-ATTENTION_BY_PRODUCTS = cpu_has_bf16() and not AMX
+ATTENTION_BY_PRODUCTS = cpu_is_fast_in_bf16() and not AMX
 
 # A product is compiled for each number of rows, and oneDNN and PyTorch keep up to 1,024 of them:
 # about 5 MiB a size of batch (`test_memory_of_many_sizes` prints it). Both read their limit at
@@ -51,6 +56,7 @@ for _limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_limit, "24" if ATTENTION_BY_PRODUCTS else "8")
 
 _TOKEN_PEAK = 126  # bfloat16 may round a code of 127 up to 128, which int8 takes for -128
+_WEIGHT_PEAK = 127  # symmetric: -128 is not used
 _SMALLEST_PEAK = 1e-30  # of a row of zeros, which divides nothing
 _ROWS = 256  # of a weight quantised at once: what is left of larger copies stays in the heap
 
@@ -141,22 +147,20 @@ class PackedLinear:
 class PlainInt8Linear:
     """Products of int8 codes: one scale a weight row, one scale a token computed at run time."""
 
-    weight_peak = 127  # symmetric: -128 is not used
-
     def __init__(
         self, weight: Tensor | Quantized, bias: Tensor, dtype: torch.dtype, *, gelu: bool
     ) -> None:
         codes, scales = self.convert(weight, dtype) if isinstance(weight, Tensor) else weight
-        self._pack(codes)
         self._scales = scales.clone()  # (N,)
+        self._pack(codes)
         self._bias = bias.to(dtype, copy=True)
         self._gelu = gelu
 
-    @classmethod
-    def convert(cls, weight: Tensor, _dtype: torch.dtype) -> Quantized:
+    @staticmethod
+    def convert(weight: Tensor, _dtype: torch.dtype) -> Quantized:
         """Quantise a weight, each row by its own scale."""
         peaks = torch.cat([rows.abs().amax(1) for rows in torch.split(weight, _ROWS)])  # (N,)
-        scales = peaks.clamp_(min=_SMALLEST_PEAK).div_(cls.weight_peak)  # (N,)
+        scales = peaks.clamp_(min=_SMALLEST_PEAK).div_(_WEIGHT_PEAK)  # (N,)
         rows = zip(torch.split(weight, _ROWS), torch.split(scales, _ROWS), strict=True)
         codes = [(w / s[:, None]).round_().to(torch.int8) for w, s in rows]
         return Quantized(torch.cat(codes), scales)
@@ -206,19 +210,66 @@ class PackedInt8Linear(PlainInt8Linear):
 
 
 class PlainInt7Linear(PlainInt8Linear):
-    """The same with weights of 7 bits.
+    """The same with 7 bits a token, from its smallest number to its largest one.
 
-    CPUs without VNNI add two products in 16 bits: with an unsigned code of 8 bits and a weight of
-    up to 64 the sum fits, as 2 * 255 * 64 < 2^15, and with larger ones oneDNN's product is wrong.
+    CPUs without VNNI add two products in 16 bits: with a code from 0 to 127 and a weight up to 127
+    the sum fits, as 2 * 127^2 < 2^15, and with larger ones it is cut off.
     """
 
-    weight_peak = 64
+    def __init__(
+        self, weight: Tensor | Quantized, bias: Tensor, dtype: torch.dtype, *, gelu: bool
+    ) -> None:
+        quantized = self.convert(weight, dtype) if isinstance(weight, Tensor) else weight
+        super().__init__(quantized, bias, dtype, gelu=gelu)
+        sums = [rows.float().sum(1) for rows in torch.split(quantized.codes, _ROWS)]
+        self._sums = torch.cat(sums) * self._scales  # (N,), of a row's weights
+
+    def _product(self, codes: Tensor) -> Tensor:
+        return F.linear(codes.round_(), self._codes.float()) * self._scales
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.float()
+        low = x.amin(1, keepdim=True)  # (S, 1); `aminmax` takes ten times as long
+        scale = (x.amax(1, keepdim=True) - low).div_(127).clamp_(min=_SMALLEST_PEAK)  # (S, 1)
+        product = self._product((x - low).mul_(scale.reciprocal()))  # (S, N) float32
+        torch.addcmul(self._bias, product, scale, out=product)
+        product = product.addcmul_(low, self._sums).to(self._bias.dtype)
+        return F.gelu(product) if self._gelu else product
 
 
 class PackedInt7Linear(PackedInt8Linear, PlainInt7Linear):
-    """Weights of 7 bits by oneDNN's int8 product."""
+    """The same by oneDNN's int8 product."""
 
-    weight_peak = PlainInt7Linear.weight_peak
+    def _product(self, codes: Tensor) -> Tensor:
+        weights = (self._codes, self._scales, self._zeros)
+        unsigned = codes.round_().to(torch.uint8)
+        linear: Any = torch.ops.onednn.qlinear_pointwise
+        product: Tensor = linear(
+            unsigned, 1.0, 0, *weights, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return product
+
+    __call__ = PlainInt7Linear.__call__
+
+
+class FbgemmInt7Linear(PlainInt7Linear):
+    """The same by FBGEMM's product, which rounds and scales, too.
+
+    oneDNN's takes two to four times as long for the few tokens of a query on a CPU without VNNI.
+    PyTorch is to drop the type of its weights (https://github.com/pytorch/pytorch/issues/184982).
+    """
+
+    def _pack(self, codes: Tensor) -> None:
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # deprecated
+        zeros = torch.zeros(len(codes), dtype=torch.int64)  # (N,)
+        quantized = torch._make_per_channel_quantized_tensor  # noqa: SLF001
+        weight = quantized(codes, self._scales.double(), zeros, 0)
+        self._weight = torch.ops.quantized.linear_prepack(weight, None)
+
+    def _product(self, codes: Tensor) -> Tensor:
+        linear: Any = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        product: Tensor = linear(codes, 1.0, 0, self._weight)
+        return product
 
 
 _PLAIN: dict[str, Any] = {"int8": PlainInt8Linear}
@@ -227,7 +278,11 @@ _PLAIN: dict[str, Any] = {"int8": PlainInt8Linear}
 _PACKED: dict[tuple[str, str], list[tuple[Any, Any]]] = {
     ("cpu", "float32"): [(PackedLinear, PlainLinear)],
     ("cpu", "bfloat16"): [(PackedLinear, PlainLinear)],
-    ("cpu", "int8"): [(PackedInt8Linear, PlainInt8Linear), (PackedInt7Linear, PlainInt7Linear)],
+    ("cpu", "int8"): [
+        (PackedInt8Linear, PlainInt8Linear),
+        (FbgemmInt7Linear, PlainInt7Linear),
+        (PackedInt7Linear, PlainInt7Linear),
+    ],
 }
 
 

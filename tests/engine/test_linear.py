@@ -17,7 +17,6 @@ from langchain_bge_dense._engine.linear import (
     LinearFactory,
     PackedLinear,
     PlainInt8Linear,
-    cpu_has_bf16,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +61,7 @@ def without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.ops, "mkldnn", Missing())
     monkeypatch.setattr(torch.ops, "onednn", Missing())
+    monkeypatch.setattr(torch.ops, "quantized", Missing())
     linear._packed.cache_clear()
 
 
@@ -83,7 +83,8 @@ def test_products_are_those_of_float32(
 def require_operator(dtype: str, state_dtype: torch.dtype) -> None:
     """Skip where this PyTorch or this CPU cannot have the packed product."""
     old = torch.__version__ < "2.8"  # has the int8 product for unsigned numbers alone
-    if (dtype == "int8" and old) or (state_dtype == torch.bfloat16 and not cpu_has_bf16()):
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if (dtype == "int8" and old) or (state_dtype == torch.bfloat16 and not bf16):
         pytest.skip(f"there is no packed product in {dtype} here")
 
 
@@ -106,7 +107,7 @@ def test_without_the_operators_results_are_the_same(
     request.getfixturevalue("without_operators")
     plain = LinearFactory(dtype, CPU, state_dtype)(weight, bias, gelu=gelu)
     assert type(plain) is not type(packed)
-    if isinstance(packed, linear.PackedInt7Linear):
+    if isinstance(packed, linear.PlainInt7Linear):
         plain = linear.PlainInt7Linear(weight, bias, state_dtype, gelu=gelu)
     assert difference(plain(x), expected) <= linear.tolerance(state_dtype)
     [record] = caplog.records
@@ -154,30 +155,57 @@ def test_a_wrong_product_is_noticed(
     assert "a product differs by" in caplog.text
 
 
-def test_where_int8_products_overflow_weights_have_seven_bits(
+def test_where_int8_products_overflow_tokens_have_seven_bits(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A CPU without VNNI: sums of two products are cut to 16 bits."""
 
-    class Overflowing(linear.PackedInt8Linear):
-        def _pack(self, codes: torch.Tensor) -> None:
-            self._codes = codes.float()
+    def product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        pairs = (codes[:, None] * weight).unflatten(2, (-1, 2)).sum(3)  # (S, N, K / 2)
+        return pairs.clamp_(-(2**15), 2**15 - 1).sum(2)
 
+    class Overflowing(PlainInt8Linear):
         def _product(self, codes: torch.Tensor) -> torch.Tensor:
-            pairs = ((codes.float() + 128)[:, None] * self._codes).unflatten(2, (-1, 2)).sum(3)
-            summed = pairs.clamp_(-(2**15), 2**15 - 1).sum(2) - 128 * self._codes.sum(1)
+            weight = self._codes.float()
+            summed = product(codes.float() + 128, weight) - 128 * weight.sum(1)
             return (summed * self._scales).to(self._bias.dtype)
 
-    class Fitting(Overflowing):
-        weight_peak = linear.PlainInt7Linear.weight_peak
+    class Fitting(linear.PlainInt7Linear):
+        def _product(self, codes: torch.Tensor) -> torch.Tensor:
+            return product(codes.round(), self._codes.float()) * self._scales
 
     kinds = [(Overflowing, PlainInt8Linear), (Fitting, linear.PlainInt7Linear)]
     monkeypatch.setitem(linear._PACKED, ("cpu", "int8"), kinds)
     weight, x = draw(24, 40), draw(3, 40, seed=2)
+    weight[0], x[0] = 1, 3.0
     layer = LinearFactory("int8", CPU, torch.float32)(weight, torch.zeros(24))
     assert type(layer) is Fitting
     assert not caplog.records
     assert difference(layer(x), F.linear(x, weight)) < 0.03
+
+
+@pytest.mark.parametrize("kind", [linear.PackedInt7Linear, linear.FbgemmInt7Linear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_products_of_seven_bits_are_the_plain_ones(kind: type, dtype: torch.dtype) -> None:
+    """On every CPU, although those with VNNI take 8 bits."""
+    require_operator("int8", torch.float32)
+    weight, bias, x = draw(300, 64), draw(300, seed=1), draw(9, 64, seed=2).to(dtype)
+    layers = [each(weight, bias, dtype, gelu=False) for each in (kind, linear.PlainInt7Linear)]
+    found, plain = (layer(x) for layer in layers)
+    assert found.dtype == dtype
+    assert difference(found, plain.float()) <= linear.tolerance(dtype)
+
+
+@pytest.mark.parametrize("kind", [linear.PackedInt7Linear, linear.FbgemmInt7Linear])
+def test_numbers_far_from_zero_have_as_many_steps(kind: type) -> None:
+    require_operator("int8", torch.float32)
+    weight, x = (
+        draw(300, 64).mul(40).round().clamp_(-127, 127),
+        draw(9, 64, seed=2).mul(64).round().div(64),
+    )
+    weight[:, 0] = 127  # so that no weight is rounded, nor a number when 30 is added
+    layer = kind(weight, torch.zeros(300), torch.float32, gelu=False)
+    assert difference(layer(x + 30) - 30 * weight.sum(1), layer(x)) < 1e-5
 
 
 def test_float16_and_other_devices_take_the_plain_product() -> None:
