@@ -194,10 +194,10 @@ def matrix_peak(device: str) -> tuple[str, float]:
     """The dtype that is fastest here, and the largest rate of its matrix product, in FLOP/s."""
     import torch
 
-    from langchain_bge_dense._engine.linear import cpu_has_bf16
+    from langchain_bge_dense._engine.linear import cpu_is_fast_in_bf16
 
     # Without bfloat16 in hardware its products are emulated, and take minutes.
-    dtype = torch.bfloat16 if device != "cpu" or cpu_has_bf16() else torch.float32
+    dtype = torch.bfloat16 if device != "cpu" or cpu_is_fast_in_bf16() else torch.float32
     rates = []
     with torch.inference_mode():
         for size in (2048, 4096):

@@ -105,7 +105,7 @@ class BGEM3Embeddings(BaseModel, Embeddings):
     device: str = "auto"
     """`"auto"` (CUDA, then MPS, then CPU) or any torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-    """`"auto"`: float16 on CUDA and MPS; on a CPU bfloat16 where it has it in hardware.
+    """`"auto"`: float16 on CUDA and MPS; on a CPU bfloat16 where it is the faster one.
 
     `"int8"` is for a CPU: weights take half of bfloat16's memory, and products are in int8.
     """

@@ -30,7 +30,7 @@ from langchain_bge_dense._engine.layers import (
     converted,
     module_weights,
 )
-from langchain_bge_dense._engine.linear import LinearFactory, cpu_has_bf16
+from langchain_bge_dense._engine.linear import LinearFactory, cpu_is_fast_in_bf16
 from langchain_bge_dense._engine.packed import PackedFile, cache_folder
 from langchain_bge_dense._engine.process import forkable_lock
 from langchain_bge_dense._engine.weights import CheckpointWeights
@@ -60,8 +60,8 @@ def resolve(device: str, dtype: str) -> tuple[str, str]:
 
     Args:
         device: `"auto"` (CUDA, then MPS, then CPU) or a torch device.
-        dtype: `"auto"` (float16 on CUDA and MPS; on a CPU bfloat16 where it has it in hardware,
-            else float32), `"float32"`, `"bfloat16"`, `"float16"` or `"int8"`.
+        dtype: `"auto"` (float16 on CUDA and MPS; on a CPU bfloat16 where it is faster than
+            float32, else this one), `"float32"`, `"bfloat16"`, `"float16"` or `"int8"`.
 
     Raises:
         ValueError: The device is not on this machine, or cannot run the dtype.
@@ -86,7 +86,7 @@ def resolve(device: str, dtype: str) -> tuple[str, str]:
         )
         raise ValueError(msg)
     if dtype == "auto":
-        dtype = "float16" if kind != "cpu" else "bfloat16" if cpu_has_bf16() else "float32"
+        dtype = "float16" if kind != "cpu" else "bfloat16" if cpu_is_fast_in_bf16() else "float32"
     return ("cpu" if kind == "cpu" else device), dtype
 
 
@@ -251,7 +251,7 @@ def _batch_tokens(device: str, dtype: str) -> int:
 
 def _state_dtype(dtype: str) -> torch.dtype:
     if dtype == "int8":
-        return torch.bfloat16 if cpu_has_bf16() else torch.float32
+        return torch.bfloat16 if cpu_is_fast_in_bf16() else torch.float32
     return _FLOATS[dtype]
 
 

@@ -27,7 +27,7 @@ from langchain_bge_dense import BGEM3Embeddings
 from langchain_bge_dense._engine import loading
 from langchain_bge_dense._engine.checkpoint import Checkpoint, read_checkpoint
 from langchain_bge_dense._engine.layers import PackedEncoder, PaddedEncoder
-from langchain_bge_dense._engine.linear import cpu_has_bf16
+from langchain_bge_dense._engine.linear import cpu_is_fast_in_bf16
 from langchain_bge_dense._engine.loading import resolve
 
 DTYPES = ["float32", "bfloat16", "float16", "int8"]  # the last one for packed types alone
@@ -118,7 +118,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch, "empty", on)
-        monkeypatch.setattr(loading, "cpu_has_bf16", lambda: bf16)
+        monkeypatch.setattr(loading, "cpu_is_fast_in_bf16", lambda: bf16)
 
     return make
 
@@ -173,14 +173,25 @@ def test_a_device_that_is_not_there(device: str) -> None:
         resolve(device, "auto")
 
 
-@pytest.mark.skipif(
-    not Path("/proc/cpuinfo").exists() or "ONEDNN_MAX_CPU_ISA" in os.environ,
-    reason="there is no /proc/cpuinfo, or oneDNN is told to use less than it says",
+@pytest.mark.parametrize(
+    ("units", "fast"),
+    [
+        ({"avx2", "sse4a"}, False),
+        ({"avx2", "avx512_vnni"}, False),
+        ({"avx512_bf16", "sse4a"}, True),  # AMD
+        ({"avx512_bf16", "avx512_fp16", "sse4a"}, True),
+        ({"avx512_bf16"}, True),  # Cooper Lake
+        ({"avx512_bf16", "avx512_fp16"}, False),  # Sapphire Rapids, of which AMX is hidden
+        ({"avx512_bf16", "avx512_fp16", "amx_bf16"}, True),
+        ({"bf16"}, True),  # Arm
+    ],
 )
-def test_bf16_is_found_where_the_kernel_finds_it() -> None:
-    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    units = {"x86_64": {"avx512_bf16", "amx_bf16"}, "aarch64": {"bf16"}}[platform.machine()]
-    assert cpu_has_bf16() == bool(flags & units)
+def test_cpus_that_are_fast_in_bf16(
+    units: set[str], monkeypatch: pytest.MonkeyPatch, *, fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True), False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert cpu_is_fast_in_bf16() == fast
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the variable is for x86")
