@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 from langchain_bge_dense import BGEM3Embeddings
-from langchain_bge_dense._engine.linear import cpu_is_fast_in_bf16
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -370,7 +370,7 @@ def in_child(task: Callable[[], bool | None]) -> None:
 def outcomes(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple]:
-    if request.param == "bfloat16" and not cpu_is_fast_in_bf16():
+    if request.param == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU has no bfloat16, and a log line says so")
     folder = tmp_path_factory.mktemp("outcomes")
     path = os.pathsep.join(filter(None, sys.path))
