@@ -237,7 +237,7 @@ class PlainInt7Linear(PlainInt8Linear):
         return F.gelu(product) if self._gelu else product
 
 
-class PackedInt7Linear(PackedInt8Linear, PlainInt7Linear):
+class PackedInt7Linear(PlainInt7Linear, PackedInt8Linear):
     """The same by oneDNN's int8 product."""
 
     def _product(self, codes: Tensor) -> Tensor:
@@ -248,8 +248,6 @@ class PackedInt7Linear(PackedInt8Linear, PlainInt7Linear):
             unsigned, 1.0, 0, *weights, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return product
-
-    __call__ = PlainInt7Linear.__call__
 
 
 class FbgemmInt7Linear(PlainInt7Linear):

@@ -199,11 +199,9 @@ def test_packed_products_of_seven_bits_are_the_plain_ones(kind: type, dtype: tor
 @pytest.mark.parametrize("kind", [linear.PackedInt7Linear, linear.FbgemmInt7Linear])
 def test_numbers_far_from_zero_have_as_many_steps(kind: type) -> None:
     require_operator("int8", torch.float32)
-    weight, x = (
-        draw(300, 64).mul(40).round().clamp_(-127, 127),
-        draw(9, 64, seed=2).mul(64).round().div(64),
-    )
-    weight[:, 0] = 127  # so that no weight is rounded, nor a number when 30 is added
+    weight = draw(300, 64).mul(40).round().clamp_(-127, 127)
+    weight[:, 0] = 127  # so that no weight is rounded
+    x = draw(9, 64, seed=2).mul(64).round().div(64)  # so that adding 30 rounds none
     layer = kind(weight, torch.zeros(300), torch.float32, gelu=False)
     assert difference(layer(x + 30) - 30 * weight.sum(1), layer(x)) < 1e-5
 

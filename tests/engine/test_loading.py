@@ -194,6 +194,17 @@ def test_cpus_that_are_fast_in_bf16(
     assert cpu_is_fast_in_bf16() == fast
 
 
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").exists() or "ONEDNN_MAX_CPU_ISA" in os.environ,
+    reason="there is no /proc/cpuinfo, or oneDNN is told to use less than it says",
+)
+def test_bf16_is_found_where_the_kernel_finds_it() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    slow = "avx512_fp16" in flags and "sse4a" not in flags
+    units = {"x86_64": {"amx_bf16"} if slow else {"amx_bf16", "avx512_bf16"}, "aarch64": {"bf16"}}
+    assert cpu_is_fast_in_bf16() == bool(flags & units[platform.machine()])
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the variable is for x86")
 def test_bf16_is_not_used_where_onednn_may_not() -> None:
     code = "from langchain_bge_dense._engine.loading import resolve; print(resolve('cpu', 'auto'))"
